@@ -1,0 +1,79 @@
+// Schemas and registration under torch.ops.natten, through torch's stable ABI.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "kernels/families.h"
+#include "ops/convert.h"
+#include "ops/operators.h"
+
+namespace natten::ops {
+
+void launch(int64_t kernel, const Tensor& tensor, const Implementations& implementations) {
+  const auto run_on_cpu = [&](const std::function<void()>& implementation, const char* name) {
+    check(bool(implementation), "kernel ", name, " does not implement this operator");
+    check(tensor.is_cpu(), "kernel ", name, " takes CPU tensors");
+    implementation();
+  };
+  const auto run_on_cuda = [&](const std::function<void(void*)>& implementation, const char* name) {
+    check(bool(implementation), "kernel ", name,
+          " does not implement this operator, or was not built into this library (see `python -m natten info`)");
+    check(tensor.is_cuda(), "kernel ", name, " takes CUDA tensors");
+    const CudaScope scope(tensor);
+    implementation(scope.stream());
+  };
+  switch (static_cast<Kernel>(kernel)) {
+    case Kernel::cpu_naive: return run_on_cpu(implementations.cpu_naive, "cpu_naive");
+    case Kernel::cpu: return run_on_cpu(implementations.cpu, "cpu");
+    case Kernel::naive: return run_on_cuda(implementations.naive, "naive");
+    case Kernel::gemm: return run_on_cuda(implementations.gemm, "gemm");
+    case Kernel::fused_sm80: return run_on_cuda(implementations.fused_sm80, "fused_sm80");
+    case Kernel::fused_sm90: return run_on_cuda(implementations.fused_sm90, "fused_sm90");
+  }
+  check(false, "there is no kernel ", kernel);
+}
+
+// [version of the operators, CUDA architectures (bit 0: sm_80, 1: sm_86, 2: sm_90a), CUDA compiler version,
+//  CPU instruction set (0: baseline, 1: AVX2, 2: AVX-512)]
+std::vector<int64_t> build_info() {
+  int64_t architectures = 0, cuda_version = 0;
+#if defined(NATTEN_CUDA_ARCHITECTURE_MASK)
+  architectures = NATTEN_CUDA_ARCHITECTURE_MASK;
+  cuda_version = NATTEN_CUDA_VERSION;
+#endif
+  const std::string set = cpu::instruction_set();
+  return {1, architectures, cuda_version, set == "avx512" ? 2 : set == "avx2" ? 1 : 0};
+}
+
+}  // namespace natten::ops
+
+#define NATTEN_WINDOW "SymInt[] window, float scale, int kernel, int flags, int[] plan"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
+  m.def("na_forward(Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+        "Tensor(a!) out, Tensor(b!) logsumexp, " NATTEN_WINDOW ") -> ()");
+  m.def("na_backward(Tensor grad_out, Tensor? grad_logsumexp, Tensor query, Tensor key, Tensor value, "
+        "Tensor? additional_keys, Tensor? additional_values, Tensor out, Tensor logsumexp, "
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_additional_keys, "
+        "Tensor(e!)? grad_additional_values, Tensor(f!)? workspace, " NATTEN_WINDOW ") -> ()");
+  m.def("na_qk(Tensor query, Tensor key, Tensor? rpb, Tensor(a!) attention, " NATTEN_WINDOW ") -> ()");
+  m.def("na_av(Tensor attention, Tensor value, Tensor(a!) out, " NATTEN_WINDOW ") -> ()");
+  m.def("na_inverse_av(Tensor attention, Tensor input, Tensor(a!) out, " NATTEN_WINDOW ") -> ()");
+  m.def("na_rpb_backward(Tensor grad_attention, Tensor(a!) grad_rpb, SymInt[] window, int kernel, int flags, "
+        "int[] plan) -> ()");
+  m.def("build_info() -> int[]");
+}
+
+#define NATTEN_IMPLEMENT(m)                                  \
+  m.impl("na_forward", TORCH_BOX(&natten::ops::na_forward)); \
+  m.impl("na_backward", TORCH_BOX(&natten::ops::na_backward)); \
+  m.impl("na_qk", TORCH_BOX(&natten::ops::na_qk)); \
+  m.impl("na_av", TORCH_BOX(&natten::ops::na_av)); \
+  m.impl("na_inverse_av", TORCH_BOX(&natten::ops::na_inverse_av)); \
+  m.impl("na_rpb_backward", TORCH_BOX(&natten::ops::na_rpb_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) { NATTEN_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(natten, CUDA, m) { NATTEN_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(natten, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&natten::ops::build_info));
+}
