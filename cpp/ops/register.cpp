@@ -6,6 +6,7 @@
 #include "kernels/families.h"
 #include "ops/convert.h"
 #include "ops/operators.h"
+#include "window/planner.h"
 
 namespace natten::ops {
 
@@ -45,6 +46,20 @@ std::vector<int64_t> build_info() {
   return {1, architectures, cuda_version, set == "avx512" ? 2 : set == "avx2" ? 1 : 0};
 }
 
+// The planner's choice [q tile (3), key box (3)] for tiles of that many tokens; leading axes that the rank lacks hold 1.
+std::vector<int64_t> plan_tiles(const std::vector<int64_t> window, const std::vector<int64_t> q_grid,
+                                const std::vector<int64_t> kv_grid, int64_t q_tokens, int64_t kv_tokens,
+                                int64_t kv_innermost, double partial_charge) {
+  Problem problem{};
+  check(q_grid.size() == window.size() / 7 && kv_grid.size() == window.size() / 7, "one grid extent for each axis");
+  for (const int64_t tokens : {q_tokens, kv_tokens, kv_innermost})
+    check(tokens >= 1 && tokens <= 256 && (tokens & (tokens - 1)) == 0, "token counts are powers of two up to 256");
+  fill_window(problem, window, q_grid.data(), kv_grid.data());
+  const TileShape shape =
+      natten::plan_tiles(problem.axis, {int(q_tokens), int(kv_tokens), int(kv_innermost), partial_charge});
+  return {shape.q[0], shape.q[1], shape.q[2], shape.kv[0], shape.kv[1], shape.kv[2]};
+}
+
 }  // namespace natten::ops
 
 #define NATTEN_WINDOW "SymInt[] window, float scale, int kernel, int flags, int[] plan"
@@ -62,6 +77,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(natten, m) {
   m.def("na_rpb_backward(Tensor grad_attention, Tensor(a!) grad_rpb, SymInt[] window, int kernel, int flags, "
         "int[] plan) -> ()");
   m.def("build_info() -> int[]");
+  m.def("plan_tiles(SymInt[] window, SymInt[] q_grid, SymInt[] kv_grid, int q_tokens, int kv_tokens, int kv_innermost, "
+        "float partial_charge) -> int[]");
 }
 
 #define NATTEN_IMPLEMENT(m)                                  \
@@ -76,4 +93,5 @@ STABLE_TORCH_LIBRARY_IMPL(natten, CPU, m) { NATTEN_IMPLEMENT(m); }
 STABLE_TORCH_LIBRARY_IMPL(natten, CUDA, m) { NATTEN_IMPLEMENT(m); }
 STABLE_TORCH_LIBRARY_IMPL(natten, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&natten::ops::build_info));
+  m.impl("plan_tiles", TORCH_BOX(&natten::ops::plan_tiles));
 }
