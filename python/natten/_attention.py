@@ -1,0 +1,303 @@
+"""Fused attention below the public functions: one prepared call per kind of arguments, and its derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import _library, _unfused, context, dispatch
+from natten._problem import Problem, attention_problem
+from natten._settings import autocast, current_flags
+from natten.dispatch import (
+    FAMILIES,
+    Kernel,
+    Operation,
+    choose,
+    forced_kernel,
+)
+from natten.types import CausalFlag, Dimension
+
+__all__ = ["attend"]
+
+_MAX_PREPARED = 4096
+
+
+class Prepared:
+    """A checked call with its kernels chosen: all that a repeated call needs."""
+
+    __slots__ = ("backward", "composite", "flags", "forced", "kernel", "lse_dtype", "plan", "problem", "scale", "window")
+
+    def __init__(self, problem: Problem, forced: Kernel | None, requires_grad: bool) -> None:
+        decision = choose(problem, Operation.forward, forced, requires_grad=requires_grad)
+        self.problem = problem
+        self.forced = forced
+        self.kernel = int(decision.kernel)
+        self.composite = decision.family.composite
+        self.plan = list(decision.plan)
+        self.window = problem.window
+        self.scale = problem.scale
+        self.flags = problem.flags
+        self.lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+        self.backward: tuple[int, list[int], int] | None = None
+
+    def choose_backward(self) -> tuple[int, list[int], int]:
+        """Kernel, plan and workspace bytes of the backward pass.
+
+        A kernel forced for the call is forced here too, where it has a backward pass; the others' results are
+        interchangeable.
+        """
+        if self.backward is None:
+            forced = self.forced
+            if forced is not None and Operation.backward not in FAMILIES[forced].operations:
+                forced = None
+            decision = choose(self.problem, Operation.backward, forced)
+            self.backward = (int(decision.kernel), list(decision.plan), decision.workspace_bytes)
+        return self.backward
+
+
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+
+
+def attend(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension,
+    dilation: Dimension,
+    is_causal: CausalFlag | None,
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    q_start: Dimension | None,
+    kv_start: Dimension | None,
+    extent: Dimension | None,
+    kernel: str | Kernel | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and logsumexp of neighborhood attention, differentiable in both."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, additional_keys, additional_values = autocast(
+            query, key, value, additional_keys, additional_values
+        )
+    requires_grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (additional_keys is not None and additional_keys.requires_grad)
+        or (additional_values is not None and additional_values.requires_grad)
+    )
+    flags = current_flags(query)
+    signature: tuple[Any, ...] | None
+    try:
+        signature = (
+            rank,
+            query.shape,
+            key.shape,
+            value.shape,
+            query.stride(-1),
+            key.stride(-1),
+            value.stride(-1),
+            query.dtype,
+            key.dtype,
+            value.dtype,
+            query.device,
+            key.device,
+            value.device,
+            kernel_size if type(kernel_size) is int else tuple(kernel_size),  # type: ignore[arg-type]
+            stride if type(stride) is int else tuple(stride),  # type: ignore[arg-type]
+            dilation if type(dilation) is int else tuple(dilation),  # type: ignore[arg-type]
+            is_causal if type(is_causal) is bool else tuple(is_causal),  # type: ignore[arg-type]
+            scale,
+            kernel,
+            backend,
+            dispatch.forced_by_environment,
+            requires_grad,
+            flags,
+            context._memory_usage,
+            None
+            if additional_keys is None or additional_values is None
+            else (
+                additional_keys.shape,
+                additional_values.shape,
+                additional_keys.dtype,
+                additional_values.dtype,
+                additional_keys.device,
+                additional_values.device,
+                additional_keys.stride(-1),
+                additional_values.stride(-1),
+            ),
+            None if q_start is None and kv_start is None and extent is None else (q_start, kv_start, extent),
+        )
+        call = _prepared.get(signature)
+    except (TypeError, AttributeError):  # symbolic or unhashable arguments, or wrong ones that the checks will name
+        signature, call = None, None
+    if call is None:
+        _library.require_library()
+        problem = attention_problem(
+            rank,
+            query,
+            key,
+            value,
+            kernel_size,
+            stride,
+            dilation,
+            is_causal,
+            scale,
+            additional_keys,
+            additional_values,
+            q_start,
+            kv_start,
+            extent,
+            flags,
+        )
+        call = Prepared(problem, forced_kernel(kernel, backend, query.device), requires_grad)
+        if signature is not None and not problem.is_symbolic:
+            if len(_prepared) >= _MAX_PREPARED:
+                _prepared.clear()
+            _prepared[signature] = call
+    if call.composite:
+        return composite(call.problem, query, key, value, additional_keys, additional_values, Kernel(call.kernel))
+    if requires_grad:
+        return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
+            call, query, key, value, additional_keys, additional_values
+        )
+    return _Attention.forward(call, query, key, value, additional_keys, additional_values)
+
+
+def composite(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    kernel: Kernel | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention as qk, softmax and av; stores the weights, and is differentiable to any order."""
+    logits = _unfused.qk(problem, query, key, None, kernel)
+    lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    value_problem = problem.with_head_dim(problem.head_dim_v, scale=1.0)
+    if additional_keys is None or additional_values is None:
+        lse = torch.logsumexp(logits, -1) if logits.dtype == lse_dtype else torch.logsumexp(logits.to(lse_dtype), -1)
+        return _unfused.av(value_problem, torch.softmax(logits, -1), value, kernel), lse
+    # [B, tokens, Hkv, heads of a group, D]
+    grouped = query.flatten(1, -3).unflatten(2, (problem.heads_kv, problem.heads // problem.heads_kv))
+    extra = torch.einsum("bthgd,bshd->bthgs", grouped, additional_keys) * problem.scale
+    logits = torch.cat((logits, extra.reshape(*query.shape[:-1], problem.additional)), -1)
+    lse = torch.logsumexp(logits.to(lse_dtype), -1)
+    weights = torch.softmax(logits, -1)
+    out = _unfused.av(value_problem, weights[..., : problem.slots].contiguous(), value, kernel)
+    extra_weights = weights[..., problem.slots :].reshape(extra.shape)
+    extra_out = torch.einsum("bthgs,bshd->bthgd", extra_weights, additional_values)
+    return out + extra_out.reshape(out.shape), lse
+
+
+def _fused_forward(
+    call: Prepared,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = query.shape[:-1]
+    out = query.new_empty((*rows, value.shape[-1]))
+    lse = query.new_empty(rows, dtype=call.lse_dtype)
+    kernel = Kernel(call.kernel)
+    if FAMILIES[kernel].aligned:
+        query, key, value = (_unfused.aligned(tensor, kernel) for tensor in (query, key, value))
+        if additional_keys is not None and additional_values is not None:
+            additional_keys = _unfused.aligned(additional_keys, kernel)
+            additional_values = _unfused.aligned(additional_values, kernel)
+    torch.ops.natten.na_forward.default(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        out,
+        lse,
+        call.window,
+        call.scale,
+        call.kernel,
+        call.flags,
+        call.plan,
+    )
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        call: Prepared,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return _fused_forward(call, query, key, value, additional_keys, additional_values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        call: Prepared = ctx.call
+        query, key, value, additional_keys, additional_values, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():
+            # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
+            return _backward_with_graph(ctx, grad_out, grad_lse)
+        kernel_number, plan, workspace_bytes = call.choose_backward()
+        kernel = Kernel(kernel_number)
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        inputs = [_unfused.aligned(t, kernel) for t in (grad_out, query, key, value)]
+        extra = [None if t is None else _unfused.aligned(t, kernel) for t in (additional_keys, additional_values)]
+        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
+        extra_grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in extra]
+        workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
+        torch.ops.natten.na_backward.default(
+            inputs[0],
+            None if grad_lse is None else grad_lse.to(lse.dtype),
+            *inputs[1:],
+            *extra,
+            out,
+            lse,
+            *grads,
+            *extra_grads,
+            workspace,
+            call.window,
+            call.scale,
+            kernel_number,
+            call.flags,
+            plan,
+        )
+        return (None, *grads, *extra_grads)
+
+
+def _backward_with_graph(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    call: Prepared = ctx.call
+    tensors = ctx.saved_tensors[:5]
+    kernel = call.forced if call.forced is not None and call.forced in _UNFUSED_KERNELS else None
+    outputs = composite(call.problem, *tensors, kernel)
+    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
+    wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))
+
+
+_UNFUSED_KERNELS = frozenset(kernel for kernel, family in FAMILIES.items() if Operation.qk in family.operations)

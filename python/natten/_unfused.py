@@ -1,0 +1,271 @@
+"""qk, av and inverse_av: three bilinear maps, each other's derivatives, and so differentiable to any order.
+
+    qk(query, key)       logits of every query against its window
+    av(weights, value)   weighted sum of the window's values
+    inverse_av(weights, input)   the transpose: what every key receives from the queries that see it
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import _library
+from natten._problem import Problem, check_rpb, unfused_problem, valid_slots
+from natten._settings import autocast, current_flags
+from natten.dispatch import FAMILIES, Kernel, Operation, choose, forced_kernel
+from natten.types import CausalFlag, Dimension
+
+__all__ = ["av", "checked_av", "checked_qk", "inverse_av", "qk"]
+
+
+def checked_qk(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension,
+    dilation: Dimension,
+    is_causal: CausalFlag | None,
+    scale: float | None,
+    rpb: Tensor | None,
+    q_start: Dimension | None,
+    kv_start: Dimension | None,
+    extent: Dimension | None,
+    kernel: str | Kernel | None,
+) -> Tensor:
+    """`natten.na_qk` below its docstring."""
+    _library.require_library()
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, rpb = autocast(query, key, rpb)
+    window = (kernel_size, stride, dilation, is_causal, scale, q_start, kv_start, extent)
+    problem = unfused_problem(query, "query", key, "key", False, *window)
+    if rpb is not None:
+        check_rpb(rpb, problem, query)
+    problem = replace(problem, flags=current_flags(query))
+    return qk(problem, query, key, rpb, forced_kernel(kernel, None, query.device))
+
+
+def checked_av(
+    attention: Tensor,
+    value: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension,
+    dilation: Dimension,
+    is_causal: CausalFlag | None,
+    q_start: Dimension | None,
+    kv_start: Dimension | None,
+    extent: Dimension | None,
+    kernel: str | Kernel | None,
+) -> Tensor:
+    """`natten.na_av` below its docstring."""
+    _library.require_library()
+    if isinstance(attention, Tensor) and torch.is_autocast_enabled(attention.device.type):
+        attention, value = autocast(attention, value)
+    window = (kernel_size, stride, dilation, is_causal, 1.0, q_start, kv_start, extent)
+    problem = replace(unfused_problem(attention, "attn", value, "value", True, *window), flags=current_flags(attention))
+    return av(problem, attention, value, forced_kernel(kernel, None, attention.device))
+
+
+def choose_kernel(problem: Problem, operation: Operation, kernel: Kernel | None) -> Kernel:
+    """The forced kernel, or the dispatcher's choice."""
+    return choose(problem, operation, kernel).kernel
+
+
+def aligned(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """`tensor`, or a copy where the kernel needs 16-byte aligned rows and they are not, or an odd channel stride."""
+    if tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    if not FAMILIES[kernel].aligned:
+        return tensor
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    elements = 16 // tensor.dtype.itemsize
+    for offset in (*tensor.stride()[:-1], tensor.storage_offset()):
+        if not statically_known_true(offset % elements == 0):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
+
+
+def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, kernel: Kernel) -> Tensor:
+    attention = query.new_empty((*query.shape[:-1], problem.slots))
+    torch.ops.natten.na_qk.default(
+        aligned(query, kernel),
+        aligned(key, kernel),
+        None if rpb is None else rpb.contiguous(),
+        attention,
+        problem.window,
+        problem.scale,
+        int(kernel),
+        problem.flags,
+        [],
+    )
+    return attention
+
+
+def _raw_av(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
+    out = attention.new_empty((*attention.shape[:-1], value.shape[-1]))
+    torch.ops.natten.na_av.default(
+        attention if attention.stride(-1) == 1 else attention.contiguous(),
+        aligned(value, kernel),
+        out,
+        problem.window,
+        problem.scale,
+        int(kernel),
+        problem.flags,
+        [],
+    )
+    return out
+
+
+def _raw_inverse_av(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel) -> Tensor:
+    out = source.new_empty((problem.batch, *problem.kv_grid, problem.heads_kv, source.shape[-1]))
+    torch.ops.natten.na_inverse_av.default(
+        attention if attention.stride(-1) == 1 else attention.contiguous(),
+        aligned(source, kernel),
+        out,
+        problem.window,
+        problem.scale,
+        int(kernel),
+        problem.flags,
+        [],
+    )
+    return out
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def qk(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None = None,
+    kernel: Kernel | None = None,
+    *,
+    fill_zero: bool = False,
+) -> Tensor:
+    """[B, X, Y, Z, H, slots]: scale * query . key (+ rpb); slots past a window's end hold -inf, or 0 if asked."""
+    if _differentiable(query, key, rpb):
+        return _QK.apply(problem, query, key, rpb, kernel, fill_zero)  # type: ignore[no-untyped-call, no-any-return]
+    return _QK.forward(problem, query, key, rpb, kernel, fill_zero)
+
+
+def av(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """[B, X, Y, Z, H, D]: scale * the window's values, weighted."""
+    if _differentiable(attention, value):
+        return _AV.apply(problem, attention, value, kernel)  # type: ignore[no-untyped-call, no-any-return]
+    return _AV.forward(problem, attention, value, kernel)
+
+
+def inverse_av(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """[B, X', Y', Z', Hkv, D]: scale * the sum over the queries that see a key of their weight times `source`."""
+    if _differentiable(attention, source):
+        return _InverseAV.apply(problem, attention, source, kernel)  # type: ignore[no-untyped-call, no-any-return]
+    return _InverseAV.forward(problem, attention, source, kernel)
+
+
+def rpb_gradient(problem: Problem, grad_attention: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """[H, 2 k - 1, ...]: the sum over batch and queries of `grad_attention` at each relative position."""
+    if _differentiable(grad_attention):
+        return _RpbGradient.apply(problem, grad_attention, kernel)  # type: ignore[no-untyped-call, no-any-return]
+    return _RpbGradient.forward(problem, grad_attention, kernel)
+
+
+class _QK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, kernel: Kernel | None, fill_zero: bool
+    ) -> Tensor:
+        attention = _raw_qk(problem, query, key, rpb, choose_kernel(problem, Operation.qk, kernel))
+        if fill_zero:
+            valid = valid_slots(problem)
+            if valid is not None:
+                attention.masked_fill_(~valid, 0)
+        return attention
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.problem, query, key, rpb, ctx.kernel, _ = inputs
+        ctx.save_for_backward(query, key)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_query = av(ctx.problem, grad, key, ctx.kernel) if needs[1] else None
+        grad_key = inverse_av(ctx.problem, grad, query, ctx.kernel) if needs[2] else None
+        # The bias gradient is a reduction of its own; a kernel forced for the products does not apply to it.
+        grad_rpb = rpb_gradient(ctx.problem, grad) if needs[3] else None
+        return None, grad_query, grad_key, grad_rpb, None, None
+
+
+class _AV(torch.autograd.Function):
+    @staticmethod
+    def forward(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel | None) -> Tensor:
+        return _raw_av(problem, attention, value, choose_kernel(problem, Operation.av, kernel))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.problem, attention, value, ctx.kernel = inputs
+        ctx.save_for_backward(attention, value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        attention, value = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_attention = qk(ctx.problem, grad, value, None, ctx.kernel, fill_zero=True) if needs[1] else None
+        grad_value = inverse_av(ctx.problem, attention, grad, ctx.kernel) if needs[2] else None
+        return None, grad_attention, grad_value, None
+
+
+class _InverseAV(torch.autograd.Function):
+    @staticmethod
+    def forward(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel | None) -> Tensor:
+        return _raw_inverse_av(problem, attention, source, choose_kernel(problem, Operation.inverse_av, kernel))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.problem, attention, source, ctx.kernel = inputs
+        ctx.save_for_backward(attention, source)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        attention, source = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_attention = qk(ctx.problem, source, grad, None, ctx.kernel, fill_zero=True) if needs[1] else None
+        grad_source = av(ctx.problem, attention, grad, ctx.kernel) if needs[2] else None
+        return None, grad_attention, grad_source, None
+
+
+class _RpbGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(problem: Problem, grad_attention: Tensor, kernel: Kernel | None) -> Tensor:
+        chosen = choose_kernel(problem, Operation.rpb_backward, kernel)
+        shape = (problem.heads, *(2 * axis.kernel_size - 1 for axis in problem.axes))
+        grad_rpb = grad_attention.new_empty(shape)
+        torch.ops.natten.na_rpb_backward.default(
+            grad_attention if grad_attention.stride(-1) == 1 else grad_attention.contiguous(),
+            grad_rpb,
+            problem.window,
+            int(chosen),
+            problem.flags,
+            [],
+        )
+        return grad_rpb
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.problem, _, ctx.kernel = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        # Its transpose looks the bias up: qk of nothing, plus the bias.
+        problem: Problem = replace(ctx.problem, scale=0.0, head_dim=8, head_dim_v=8)
+        nothing = grad.new_zeros(8)
+        query = nothing.expand(problem.batch, *problem.q_grid, problem.heads, 8)
+        key = nothing.expand(problem.batch, *problem.kv_grid, problem.heads_kv, 8)
+        return None, qk(problem, query, key, grad), None

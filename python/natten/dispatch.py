@@ -1,0 +1,509 @@
+"""Which kernel runs a call, and why.
+
+`FAMILIES` states what each kernel family supports and how fast it is expected to be; `choose` takes the supported
+candidate of least estimated time. Decisions are made in Python, once per kind of call, and at trace time under
+`torch.compile`, so compiled graphs hold them as constants. `natten.explain` shows them.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import SymInt
+
+from natten import _library, context
+from natten._problem import ALLOW_TF32, DTYPES, Axis, Problem
+
+__all__ = ["Candidate", "Decision", "Kernel", "Operation", "choose", "kernel_from_backend", "parse_kernel"]
+
+
+class Kernel(enum.IntEnum):
+    """Kernel families; the values are part of the operators' schema (`natten::Kernel` in cpp/kernels/arguments.h)."""
+
+    cpu_naive = 0
+    cpu = 1
+    naive = 2
+    gemm = 3
+    fused_sm80 = 4
+    fused_sm90 = 5
+
+
+class Operation(enum.Enum):
+    """What a kernel is asked to compute: a pass of fused attention, or an unfused operator."""
+
+    forward = "forward"
+    backward = "backward"
+    qk = "qk"
+    av = "av"
+    inverse_av = "inverse_av"
+    rpb_backward = "rpb_backward"
+
+
+_FUSED = frozenset({Operation.forward, Operation.backward})
+_UNFUSED = frozenset({Operation.qk, Operation.av, Operation.inverse_av})
+_EVERY = frozenset(Operation)
+_HALF = frozenset({torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a kernel family supports, and the constants of its cost estimate."""
+
+    kernel: Kernel
+    device: str
+    operations: frozenset[Operation]
+    dtypes: frozenset[torch.dtype]
+    #: Share of the device's matrix-product rate (cpu: of its vector rate) that the computed, not only the useful,
+    #: products reach: forward and unfused operators, backward.
+    efficiency: tuple[float, float]
+    head_dim_multiple: int = 1
+    head_dim_maximum: int | None = None
+    #: Compute capability needed: at least `minimum_capability`; exactly `exact_capability`.
+    minimum_capability: tuple[int, int] | None = None
+    exact_capability: tuple[int, int] | None = None
+    #: Queries per tile: the tile's keys are the union of their windows, computed in full. 1: nothing in excess.
+    tile_queries: int = 1
+    #: Whether addresses and strides must be multiples of 16 bytes; other tensors are copied first.
+    aligned: bool = False
+    #: Whether fused attention is composed of qk, softmax and av, and stores the attention weights.
+    composite: bool = False
+    #: Bytes of scratch memory that `backward` needs.
+    workspace_bytes: Callable[[Problem], int] = field(default=lambda problem: 0)
+
+
+def _delta_bytes(problem: Problem) -> int:
+    """One number per query and head: the row sums of grad_out * out, in the type of logsumexp."""
+    return problem.batch * problem.queries * problem.heads * (8 if problem.dtype == torch.float64 else 4)
+
+
+FAMILIES: Mapping[Kernel, Family] = {
+    family.kernel: family
+    for family in (
+        Family(Kernel.cpu_naive, "cpu", _EVERY, frozenset(DTYPES), efficiency=(0.01, 0.01)),
+        Family(Kernel.cpu, "cpu", _FUSED | _UNFUSED, frozenset(DTYPES), efficiency=(0.4, 0.3)),
+        Family(
+            Kernel.naive,
+            "cuda",
+            _EVERY,
+            frozenset(DTYPES),
+            # Not bound by products but by loads: relative to the fp32 rate, see `_rate`.
+            efficiency=(0.05, 0.03),
+            workspace_bytes=_delta_bytes,
+        ),
+        Family(
+            Kernel.gemm,
+            "cuda",
+            _UNFUSED | _FUSED,
+            _HALF | {torch.float32},
+            efficiency=(0.25, 0.2),
+            head_dim_multiple=8,
+            head_dim_maximum=256,
+            minimum_capability=(8, 0),
+            tile_queries=64,
+            aligned=True,
+            composite=True,
+        ),
+        Family(
+            Kernel.fused_sm80,
+            "cuda",
+            _FUSED,
+            _HALF,
+            efficiency=(0.4, 0.3),
+            head_dim_multiple=8,
+            head_dim_maximum=256,
+            minimum_capability=(8, 0),
+            tile_queries=64,
+            aligned=True,
+            workspace_bytes=_delta_bytes,
+        ),
+        Family(
+            Kernel.fused_sm90,
+            "cuda",
+            frozenset({Operation.forward}),
+            _HALF,
+            efficiency=(0.75, 0.6),
+            head_dim_multiple=8,
+            head_dim_maximum=256,
+            exact_capability=(9, 0),
+            tile_queries=128,
+            aligned=True,
+            workspace_bytes=_delta_bytes,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of a device: floating-point operations and bytes per second, microseconds per launch."""
+
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+    bandwidth: float
+    launch_us: float
+
+
+# The H200's rates are measured (matrix products and copies of torch); the others are data-sheet figures.
+_HARDWARE: Mapping[tuple[int, int], Hardware] = {
+    (9, 0): Hardware(half=750e12, tf32=354e12, float32=51e12, float64=34e12, bandwidth=4.2e12, launch_us=4.0),
+    (8, 9): Hardware(half=165e12, tf32=82e12, float32=82e12, float64=1.3e12, bandwidth=1.0e12, launch_us=4.0),
+    (8, 6): Hardware(half=71e12, tf32=35e12, float32=35e12, float64=0.5e12, bandwidth=0.9e12, launch_us=4.0),
+    (8, 0): Hardware(half=312e12, tf32=156e12, float32=19e12, float64=9.7e12, bandwidth=1.9e12, launch_us=4.0),
+}
+_CPU = Hardware(half=50e9, tf32=100e9, float32=100e9, float64=50e9, bandwidth=20e9, launch_us=2.0)
+
+# Share of the device's memory that the composite may take for attention weights.
+_COMPOSITE_MEMORY_SHARE = 0.25
+
+#: Kernel that `NATTEN_KERNEL` forces for calls that do not name one; read once, when natten is imported.
+forced_by_environment: str | None = os.environ.get("NATTEN_KERNEL") or None
+
+# Names of the public package's backends.
+_BACKENDS: Mapping[str, Kernel | None] = {
+    "cutlass-fna": Kernel.fused_sm80,
+    "cutlass-fmha": Kernel.fused_sm80,
+    "hopper-fna": Kernel.fused_sm90,
+    "hopper-fmha": Kernel.fused_sm90,
+    "flex-fna": None,
+    "flex-fmha": None,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One kernel family's standing in a decision."""
+
+    kernel: Kernel
+    #: Why it cannot run the call, or None.
+    rejected: str | None
+    #: Estimated time, None where rejected or unknown.
+    milliseconds: float | None
+    #: Memory beyond inputs and outputs.
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The kernel of one operation, and every candidate's standing."""
+
+    operation: Operation
+    kernel: Kernel
+    plan: tuple[int, ...]
+    workspace_bytes: int
+    forced: bool
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def family(self) -> Family:
+        """The chosen kernel's row of `FAMILIES`."""
+        return FAMILIES[self.kernel]
+
+
+def parse_kernel(kernel: object) -> Kernel | None:
+    """The kernel that a caller names; None, or a call without a name: what `NATTEN_KERNEL` says."""
+    name = forced_by_environment if kernel is None else kernel
+    if name is None:
+        return None
+    if isinstance(name, Kernel):
+        return name
+    if isinstance(name, str) and name in Kernel.__members__:
+        return Kernel[name]
+    origin = "NATTEN_KERNEL" if kernel is None else "kernel"
+    raise ValueError(f"{origin} must be one of {', '.join(Kernel.__members__)}; got {name!r}")
+
+
+def kernel_from_backend(backend: object, device: torch.device) -> Kernel | None:
+    """The kernel for a backend name of the public NATTEN package.
+
+    "cutlass-fna" / "cutlass-fmha" is `fused_sm80`, "hopper-fna" / "hopper-fmha" is `fused_sm90`, "reference" is the naive
+    kernel of the device. "flex-fna" / "flex-fmha", there the backend that runs anywhere, leaves the choice to the
+    dispatcher.
+    """
+    if backend == "reference":
+        return Kernel.naive if device.type == "cuda" else Kernel.cpu_naive
+    if not isinstance(backend, str) or backend not in _BACKENDS:
+        names = ", ".join([*_BACKENDS, "reference"])
+        raise ValueError(f"backend must be one of {names} (or use kernel=); got {backend!r}")
+    return _BACKENDS[backend]
+
+
+def forced_kernel(kernel: object, backend: object, device: torch.device) -> Kernel | None:
+    """The kernel that the caller's `kernel` or `backend` argument, or the environment, asks for."""
+    if backend is not None:
+        if kernel is not None:
+            raise ValueError(f"kernel and backend exclude each other; got {kernel!r} and {backend!r}")
+        return kernel_from_backend(backend, device)
+    return parse_kernel(kernel)
+
+
+@functools.cache
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None where there is none to ask."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _device_memory(device: torch.device) -> int | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def _runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether code for one of the architectures runs there: same major version, minor not newer; "90a" only on 9.0."""
+    for name in architectures:
+        major, minor = int(name.rstrip("a")[:-1]), int(name.rstrip("a")[-1])
+        if major == capability[0] and (minor == capability[1] if name.endswith("a") else minor <= capability[1]):
+            return True
+    return False
+
+
+def _architecture_problem(capability: tuple[int, int] | None) -> str | None:
+    if capability is None:
+        return "there is no CUDA device to ask for its compute capability"
+    info = _library.build_info
+    how = "install a CUDA wheel, or build with NATTEN_CUDA_ARCHS, for example NATTEN_CUDA_ARCHS='80;86;90a'"
+    if info is None or not info.cuda_version:
+        return f"this build of natten holds no CUDA kernels; {how}"
+    if not _runs_on(info.architectures, capability):
+        built = ", ".join(info.architectures)
+        return (
+            f"this build holds CUDA kernels for {built}, none for compute capability {capability[0]}.{capability[1]}; "
+            f"{how}"
+        )
+    return None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_type(device: torch.device) -> str:
+    """Meta tensors have shapes only: any family would do, the CPU's are always there."""
+    return "cpu" if device.type == "meta" else device.type
+
+
+def _rejection(
+    family: Family, problem: Problem, operation: Operation, capability: tuple[int, int] | None, architecture: str | None
+) -> str | None:
+    """Why the family cannot run the operation, or None."""
+    if family.device != _device_type(problem.device):
+        return f"runs on {family.device}, not on {problem.device.type}"
+    if operation not in family.operations:
+        return f"has no {operation.value}"
+    if problem.dtype not in family.dtypes:
+        return f"does not take {_dtype_name(problem.dtype)}"
+    for name, size in (("head dim", problem.head_dim), ("value head dim", problem.head_dim_v)):
+        if size % family.head_dim_multiple != 0:
+            return f"needs a {name} that is a multiple of {family.head_dim_multiple}, not {size}"
+        if family.head_dim_maximum is not None and size > family.head_dim_maximum:
+            return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
+    if family.device == "cuda":
+        if architecture is not None:
+            return architecture
+        assert capability is not None
+        found = f"{capability[0]}.{capability[1]}"
+        exact, least = family.exact_capability, family.minimum_capability
+        if exact is not None and capability != exact:
+            return f"needs compute capability {exact[0]}.{exact[1]}, not {found}"
+        if least is not None and capability < least:
+            return f"needs compute capability {least[0]}.{least[1]} or newer, not {found}"
+    return None
+
+
+def _nominal(problem: Problem) -> Problem:
+    """The problem with symbols replaced by typical numbers, so that estimates put no guard on them."""
+    if not problem.is_symbolic:
+        return problem
+
+    def number(value: int, typical: int) -> int:
+        return typical if isinstance(value, SymInt) else value
+
+    axes, q_grid = [], []
+    for axis, queries in zip(problem.axes, problem.q_grid, strict=True):
+        stride, dilation = number(axis.stride, 1), number(axis.dilation, 1)
+        kernel_size = number(axis.kernel_size, 7)
+        length = max(round(4096 ** (1 / problem.rank)), kernel_size * dilation, stride * dilation)
+        axes.append(Axis(kernel_size, stride, dilation, axis.causal, 0, 0, length))
+        q_grid.append(min(number(queries, length), length))
+    return Problem(
+        rank=problem.rank,
+        batch=number(problem.batch, 8),
+        q_grid=tuple(q_grid),
+        kv_grid=tuple(axis.extent for axis in axes),
+        heads=problem.heads,
+        heads_kv=problem.heads_kv,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        additional=number(problem.additional, 128),
+        axes=tuple(axes),
+        dtype=problem.dtype,
+        device=problem.device,
+        scale=problem.scale,
+        flags=problem.flags,
+    )
+
+
+def _computed_pairs(family: Family, problem: Problem) -> float:
+    """(query, key) pairs that the family computes: the useful ones, and those that tiles add."""
+    useful = problem.attention_pairs()
+    if family.tile_queries == 1:
+        return useful
+    side = family.tile_queries ** (1 / problem.rank)
+    waste = 1.0
+    for axis in problem.axes:
+        slots = axis.slots
+        # A tile's queries in one dilation group; queries of one stride group share their window.
+        spread = max(side - axis.stride, 0.0)
+        waste *= min(slots + spread, math.ceil(axis.extent / axis.dilation)) / slots
+    return useful * waste
+
+
+def attention_weights_bytes(problem: Problem) -> int:
+    """Size of the attention weights that the unfused operators store."""
+    return problem.batch * problem.queries * problem.heads * problem.slots * problem.dtype.itemsize
+
+
+def _rate(family: Family, problem: Problem, hardware: Hardware) -> float:
+    if problem.dtype == torch.float64:
+        return hardware.float64
+    if family.kernel == Kernel.naive:
+        return hardware.float32
+    if problem.dtype == torch.float32:
+        return hardware.tf32 if problem.flags & ALLOW_TF32 else hardware.float32
+    return hardware.half
+
+
+def _milliseconds(family: Family, problem: Problem, operation: Operation, hardware: Hardware) -> float:
+    """A roofline: the longer of products at the family's share of the peak, and bytes at four fifths of the bandwidth."""
+    pairs = problem.batch * problem.heads * _computed_pairs(family, problem)
+    size = problem.dtype.itemsize
+    queries = problem.batch * problem.queries * problem.heads
+    keys = problem.batch * (problem.keys + problem.additional) * problem.heads_kv
+    channels = problem.head_dim + problem.head_dim_v
+    weights = attention_weights_bytes(problem)
+    tensors = (queries + keys) * channels * size
+    launches = 1
+    if operation is Operation.forward:
+        products, moved = channels, tensors
+        if family.composite:  # written by qk, read and written by softmax, read for logsumexp and by av
+            launches, moved = 5, moved + 5 * weights
+    elif operation is Operation.backward:
+        products, moved = 3 * problem.head_dim + 2 * problem.head_dim_v, 2 * tensors
+        launches = 2
+        if family.composite:  # d weights written, softmax reads two and writes one, four products read one each
+            launches, moved = 7, moved + 8 * weights
+    else:
+        products, moved = problem.head_dim, tensors // 2 + weights
+    share = family.efficiency[1 if operation is Operation.backward else 0]
+    compute = 2 * products * pairs / (_rate(family, problem, hardware) * share)
+    return 1e3 * max(compute, moved / (0.8 * hardware.bandwidth)) + 1e-3 * launches * hardware.launch_us
+
+
+def _memory_rejection(memory_bytes: int, device: torch.device) -> str | None:
+    preference = context.get_memory_usage_preference()
+    if preference == "unrestricted":
+        return None
+    gib = memory_bytes / 2**30
+    if preference == "strict":
+        return f"would store {gib:.2f} GiB of attention weights, and the memory usage preference is strict"
+    total = _device_memory(device)
+    if total is not None and memory_bytes > _COMPOSITE_MEMORY_SHARE * total:
+        return f"would store {gib:.1f} GiB of attention weights, over a quarter of the device's {total / 2**30:.1f} GiB"
+    return None
+
+
+def candidates(
+    problem: Problem,
+    operation: Operation,
+    capability: tuple[int, int] | None = None,
+    requires_grad: bool = False,
+) -> tuple[Candidate, ...]:
+    """Every family's standing for the operation; `capability` overrides the device's own."""
+    architecture = None
+    if problem.device.type == "cuda":
+        capability = capability or device_capability(problem.device)
+        architecture = _architecture_problem(capability)
+    hardware = _CPU if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
+    typical = _nominal(problem)
+    result = []
+    for family in FAMILIES.values():
+        rejected = _rejection(family, problem, operation, capability, architecture)
+        if rejected is not None:
+            result.append(Candidate(family.kernel, rejected, None, 0))
+            continue
+        milliseconds = _milliseconds(family, typical, operation, hardware)
+        memory = 0
+        if family.composite and operation in _FUSED:
+            # Logits and weights in the forward pass; the backward pass adds the gradient of each.
+            memory = attention_weights_bytes(typical) * (4 if requires_grad else 2)
+            if operation is Operation.backward:
+                rejected = "differentiates only its own forward pass"
+            if requires_grad:
+                milliseconds += _milliseconds(family, typical, Operation.backward, hardware)
+        elif operation is Operation.backward:
+            memory = family.workspace_bytes(typical)
+        result.append(Candidate(family.kernel, rejected, milliseconds, memory))
+    if operation is Operation.forward and requires_grad:
+        # Kernels share the convention of logsumexp, so each forward pass may be paired with the best backward pass.
+        backward = [c.milliseconds for c in candidates(problem, Operation.backward, capability) if c.rejected is None]
+        fastest = min((ms for ms in backward if ms is not None), default=0.0)
+        result = [
+            c
+            if c.milliseconds is None or FAMILIES[c.kernel].composite
+            else Candidate(c.kernel, c.rejected, c.milliseconds + fastest, c.memory_bytes)
+            for c in result
+        ]
+    return tuple(result)
+
+
+def choose(
+    problem: Problem,
+    operation: Operation,
+    forced: Kernel | None = None,
+    capability: tuple[int, int] | None = None,
+    requires_grad: bool = False,
+) -> Decision:
+    """The kernel of least estimated time among those that can run the operation, or the forced one.
+
+    Raises `ValueError` when the forced kernel cannot run the call and `RuntimeError` when none can, with the reasons.
+    """
+    standing = candidates(problem, operation, capability, requires_grad)
+    if forced is not None:
+        mine = standing[list(FAMILIES).index(forced)]
+        if mine.rejected is not None:
+            raise ValueError(f"kernel {forced.name} cannot run {operation.value} here: it {_sentence(mine.rejected)}")
+        chosen = mine
+    else:
+        standing = tuple(_limit_memory(candidate, problem, operation) for candidate in standing)
+        possible = [c for c in standing if c.rejected is None and c.milliseconds is not None]
+        if not possible:
+            _library.require_library()
+            reasons = "; ".join(f"{c.kernel.name}: {c.rejected}" for c in standing)
+            raise RuntimeError(f"no kernel can run {operation.value} on {problem.device}. {reasons}")
+        chosen = min(possible, key=lambda c: c.milliseconds or 0.0)
+    family = FAMILIES[chosen.kernel]
+    workspace = family.workspace_bytes(problem) if operation is Operation.backward else 0
+    return Decision(operation, chosen.kernel, (), workspace, forced is not None, standing)
+
+
+def _limit_memory(candidate: Candidate, problem: Problem, operation: Operation) -> Candidate:
+    if candidate.rejected is not None or operation not in _FUSED or not FAMILIES[candidate.kernel].composite:
+        return candidate
+    reason = _memory_rejection(candidate.memory_bytes, problem.device)
+    return candidate if reason is None else Candidate(candidate.kernel, reason, candidate.milliseconds, candidate.memory_bytes)
+
+
+def _sentence(reason: str) -> str:
+    """Reasons are predicates ("needs ..."), or clauses of their own ("this build ...", "there is ...")."""
+    return f"is unavailable, because {reason}" if reason.startswith(("this ", "there ")) else reason
