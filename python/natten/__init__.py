@@ -1,6 +1,10 @@
-"""Neighborhood attention for PyTorch."""
+"""Neighborhood attention for PyTorch: `na1d`, `na2d`, `na3d`, and layers built on them.
 
-from natten import _composites
+`python -m natten info` shows what is installed; `natten.explain` which kernel a call takes, and why.
+"""
+
+from natten import _composites as _composites
+from natten._explain import explain
 from natten._library import HAS_LIBNATTEN
 from natten.context import (
     are_deterministic_algorithms_enabled,
@@ -21,11 +25,20 @@ from natten.functional import (
     na_qk,
     neighborhood_attention_generic,
 )
+from natten.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+
+if HAS_LIBNATTEN:
+    from natten import _flops as _flops
 
 __all__ = [
     "HAS_LIBNATTEN",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
     "are_deterministic_algorithms_enabled",
     "attention",
+    "explain",
     "get_memory_usage_preference",
     "is_memory_usage_default",
     "is_memory_usage_strict",
@@ -40,3 +53,14 @@ __all__ = [
     "set_memory_usage_preference",
     "use_deterministic_algorithms",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("natten")
+        except PackageNotFoundError:  # a checkout on the path
+            return "0+unknown"
+    raise AttributeError(f"module 'natten' has no attribute {name!r}")

@@ -284,6 +284,25 @@ def _architecture_problem(capability: tuple[int, int] | None) -> str | None:
     return None
 
 
+def unavailable(kernel: Kernel, device: torch.device) -> str | None:
+    """Why a kernel of the device's type runs nothing there at all, or None."""
+    if FAMILIES[kernel].device == "cpu":
+        return None
+    capability = device_capability(device)
+    return _architecture_problem(capability) or _capability_problem(FAMILIES[kernel], capability)
+
+
+def _capability_problem(family: Family, capability: tuple[int, int] | None) -> str | None:
+    assert capability is not None
+    found = f"{capability[0]}.{capability[1]}"
+    exact, least = family.exact_capability, family.minimum_capability
+    if exact is not None and capability != exact:
+        return f"needs compute capability {exact[0]}.{exact[1]}, not {found}"
+    if least is not None and capability < least:
+        return f"needs compute capability {least[0]}.{least[1]} or newer, not {found}"
+    return None
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -309,15 +328,7 @@ def _rejection(
         if family.head_dim_maximum is not None and size > family.head_dim_maximum:
             return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
     if family.device == "cuda":
-        if architecture is not None:
-            return architecture
-        assert capability is not None
-        found = f"{capability[0]}.{capability[1]}"
-        exact, least = family.exact_capability, family.minimum_capability
-        if exact is not None and capability != exact:
-            return f"needs compute capability {exact[0]}.{exact[1]}, not {found}"
-        if least is not None and capability < least:
-            return f"needs compute capability {least[0]}.{least[1]} or newer, not {found}"
+        return architecture or _capability_problem(family, capability)
     return None
 
 
