@@ -1,0 +1,134 @@
+"""Tables, and JSON files that say where their numbers come from."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _output_of(*command: str, directory: Path | None = None) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    revision = _output_of("git", "rev-parse", "--short=12", "HEAD", directory=here)
+    if revision is None:
+        return None
+    return revision + (", modified" if _output_of("git", "status", "--porcelain", "-uno", directory=here) else "")
+
+
+def circumstances(
+    device: torch.device, command: Sequence[str] | None = None, commit: str | None = None
+) -> dict[str, Any]:
+    """Device, driver, versions, commit, command and date: the head of every file of measurements.
+
+    ``commit`` names the revision where the code runs outside of its repository.
+    """
+    driver = None
+    if device.type == "cuda":
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda is not None and device.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+        versions["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return {
+        "device": device_name(device),
+        "driver": driver,
+        "versions": versions,
+        "commit": commit or _commit(),
+        "command": shlex.join(command if command is not None else sys.argv),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_json(path: str | Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], **extra: Any) -> None:
+    """A file of measurements: ``head`` (see :func:`circumstances`), further keys, then ``rows``, one a line."""
+    fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**head, **extra}.items()]
+    lines = ",\n".join("    " + json.dumps(row) for row in rows)
+    fields.append(f'"rows": [\n{lines}\n  ]')
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("{\n  " + ",\n  ".join(fields) + "\n}\n")
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    right: bool = True
+
+
+def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text, two spaces between columns."""
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"row of {len(row)} cells in a table of {len(columns)} columns: {row}")
+    table = [[column.title for column in columns], *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(table[0]), rule, *(line(row) for row in rows)])
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """On a terminal through ``rich`` when it is installed, else as plain aligned text."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table(title=title or None, title_justify="left")
+            for column in columns:
+                table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    if title:
+        print(title)
+    print(plain_table(columns, rows), flush=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` with ``digits`` significant digits and no exponent; a dash for None."""
+    if value is None:
+        return "-"
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
