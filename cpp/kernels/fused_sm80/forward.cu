@@ -1,0 +1,49 @@
+#include "kernels/families.h"
+#include "kernels/fused_sm80/host.h"
+
+namespace natten::fused_sm80 {
+
+namespace {
+
+template <class Element, int kHeadDim>
+struct ForwardEntry {
+  KernelEntry operator()(Variant variant) const { return forward_entry<Element, kHeadDim>(variant); }
+};
+
+// problem.plan, when given: variant; or variant, query tile (3), key box (3).
+TilePlan forward_plan(const Problem& problem, const KernelEntry (&entries)[kVariants]) {
+  if (problem.plan.size == 0) return plan(problem, Side::queries, entries);
+  if (problem.plan.size == 1) return plan(problem, Side::queries, entries, problem.plan.values[0]);
+  if (problem.plan.size != 7) throw std::invalid_argument("fused_sm80: a forward plan has 1 or 7 numbers");
+  return read_plan(problem.plan.values, entries);
+}
+
+}  // namespace
+
+void forward(const ForwardArguments& arguments, void* stream) {
+  const Problem& problem = arguments.problem;
+  check_problem(problem);
+  check_rows(arguments.query, problem, problem.head_dim, "query");
+  check_rows(arguments.key, problem, problem.head_dim, "key");
+  check_rows(arguments.value, problem, problem.head_dim_v, "value");
+  check_rows(arguments.out, problem, problem.head_dim_v, "out");
+  Parameters p = make_parameters(problem);
+  p.query = make_tensor(arguments.query, problem, 2);
+  p.key = make_tensor(arguments.key, problem, 2);
+  p.value = make_tensor(arguments.value, problem, 2);
+  p.out = make_tensor(arguments.out, problem, 2);
+  p.logsumexp = make_tensor(arguments.logsumexp, problem, 4);
+  if (problem.additional > 0) {
+    check_rows(arguments.additional_keys, problem, problem.head_dim, "additional_keys");
+    check_rows(arguments.additional_values, problem, problem.head_dim_v, "additional_values");
+    p.additional_key = make_additional(arguments.additional_keys, 2);
+    p.additional_value = make_additional(arguments.additional_values, 2);
+  }
+  KernelEntry entries[kVariants];
+  entries_of<ForwardEntry>(problem, entries);
+  const TilePlan tiles = forward_plan(problem, entries);
+  launch(entries[int(tiles.variant)], p, problem, Side::queries, tiles.owned, tiles.walked, 1,
+         static_cast<cudaStream_t>(stream), "fused_sm80 forward");
+}
+
+}  // namespace natten::fused_sm80

@@ -1,0 +1,270 @@
+// Forward: a block owns a tile of queries and walks boxes of keys (FlashAttention-2's schedule over spatial boxes).
+// docs/kernels/fused-sm80.md explains the schedule.
+#pragma once
+
+#include "kernels/fused_sm80/block.cuh"
+#include "ptx/math.h"
+#include "ptx/mma.h"
+#include "tile/softmax.h"
+
+namespace natten::fused_sm80 {
+
+template <class Element_, int kHeadDim_, int kWarps_, int kRowTiles_, int kKeys_, int kStages_, int kBlocksPerSm_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;    // D and Dv, padded with zeros
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 queries per warp
+  static constexpr int kKeys = kKeys_;          // of a box
+  static constexpr int kStages = kStages_;      // boxes in flight
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowsPerWarp = 16 * kRowTiles;
+  static constexpr int kQueries = kRowsPerWarp * kWarps;
+  static constexpr int kRing = 4;  // origins of the boxes in flight and of the one in use; a power of two
+
+  struct Shared {
+    alignas(128) char query[kQueries * kHeadDim * 2];
+    alignas(128) char key[kStages][kKeys * kHeadDim * 2];
+    alignas(128) char value[kStages][kKeys * kHeadDim * 2];
+    Block<kQueries> block;
+    int4 box[kRing];  // origin, and 1 in w for a box of additional keys
+    int64_t run_offset[4][kKeys / tile::kRun];  // key, value, additional key, additional value
+    const char* source[4];                      // the first needed row of each
+  };
+  static_assert(kStages + 2 <= kRing);
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    forward_kernel(const __grid_constant__ Parameters p) {
+  using Element = typename Config::Element;
+  using Shared = typename Config::Shared;
+  constexpr int kD = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
+  constexpr int kRowTiles = Config::kRowTiles, kRowsPerWarp = Config::kRowsPerWarp;
+  constexpr int kRuns = kKeys / tile::kRun, kRing = Config::kRing;
+  using Tile = tile::SharedTile<kD>;
+  using Load = Loader<kD, Config::kThreads>;
+
+  extern __shared__ __align__(128) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Block<Config::kQueries>& block = shared.block;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+
+  // ---- which queries, which keys
+  if (warp == 0) block.template locate<false>(p);
+  if (threadIdx.x < 4 * kRuns) {
+    const int tensor = threadIdx.x / kRuns, run = threadIdx.x % kRuns;
+    shared.run_offset[tensor][run] = tensor == 0   ? run_offset(p.box, p.key, run)
+                                     : tensor == 1 ? run_offset(p.box, p.value, run)
+                                     : tensor == 2 ? run * tile::kRun * p.additional_key.step[2]
+                                                   : run * tile::kRun * p.additional_value.step[2];
+  }
+  __syncthreads();
+  if (block.empty()) return;
+
+  const Load load;
+  const uint32_t query_tile = ptx::shared_address(shared.query);
+  const int head_kv = block.head / p.heads_per_kv;
+  load.template load_owned<Config::kQueries, kRowsPerWarp>(query_tile, p, block, p.query,
+                                                           block.own_origin(p.query, block.head), p.head_dim);
+  if (threadIdx.x == 0) {
+    shared.source[0] = block.walk_origin(p.key, head_kv);
+    shared.source[1] = block.walk_origin(p.value, head_kv);
+    shared.source[2] = p.additional_key.data + block.batch * p.additional_key.batch + head_kv * p.additional_key.head;
+    shared.source[3] = p.additional_value.data + block.batch * p.additional_value.batch + head_kv * p.additional_value.head;
+  }
+  const int window_steps = Walk::boxes(p, block.size);
+  const int steps = window_steps + (p.additional + kKeys - 1) / kKeys;
+
+  // Box number n of the walk stands in the ring before its keys are asked for; its values follow later.
+  auto load_box = [&](int n, uint32_t destination, bool values) {
+    const int4 box = shared.box[n % kRing];
+    const int which = 2 * box.w + values;
+    uint32_t inside[Load::kWords];
+    int64_t offset;
+    int64_t step_z;
+    if (box.w == 0) {
+      const Tensor& t = values ? p.value : p.key;
+      const int left[kAxes] = {block.size[0] - box.x, block.size[1] - box.y, block.size[2] - box.z};
+      load.inside_words(inside, p.box, left);
+      offset = box_offset(t, {box.x, box.y, box.z});
+      step_z = t.step[2];
+    } else {
+      load.template inside_words_flat<kKeys>(inside, p.additional - box.z);
+      step_z = values ? p.additional_value.step[2] : p.additional_key.step[2];
+      offset = box.z * step_z;
+    }
+    load.template load_box<kKeys>(destination, shared.source[which] + offset + load.thread_offset(step_z),
+                                  shared.run_offset[which], step_z, inside,
+                                  load.has_channels(values ? p.head_dim_v : p.head_dim));
+  };
+  auto enter = [&](int n) {  // by one thread, box after box
+    int3 origin{0, 0, 0};
+    if (n > 0) {
+      const int4 last = shared.box[(n - 1) % kRing];
+      origin = Walk::next(p, block.size, {last.x, last.y, last.z});
+    }
+    shared.box[n % kRing] =
+        n < window_steps ? make_int4(origin.x, origin.y, origin.z, 0) : make_int4(0, 0, (n - window_steps) * kKeys, 1);
+  };
+  auto load_keys = [&](int n) {
+    if (n < steps) load_box(n, ptx::shared_address(shared.key[n % kStages]), false);
+    ptx::cp_async_commit();
+  };
+  auto load_values = [&](int n) {
+    if (n < steps) load_box(n, ptx::shared_address(shared.value[n % kStages]), true);
+    ptx::cp_async_commit();
+  };
+
+  // The ring is filled kStages + 1 boxes ahead of the products, so that every load finds its box there.
+  if (threadIdx.x == 0)
+    for (int n = 0; n <= kStages; ++n) enter(n);
+  block.template fill_table<false>(p);
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kStages; ++n) {
+    load_keys(n);  // the first group holds the queries too
+    if (n + 1 < kStages) load_values(n);
+  }
+  const int3 own_row = p.owned.coordinates(warp, lane % kRowsPerWarp);
+  const RowIndex row_index(p, own_row);
+  const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
+  const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
+
+  float out[kRowTiles][kD / 8][4] = {};
+  tile::OnlineSoftmax<kRowTiles> softmax;
+  const float scale_log2 = fmaxf(fabsf(p.scale_log2), 1e-30f);  // zero times -infinity would be NaN
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<2 * (kStages - 1)>();
+    __syncthreads();  // keys of this step have come; the values of the step before are used up
+    load_values(step + kStages - 1);
+
+    if (step == 0 && p.scale < 0) {  // softmax wants a positive scale: move the sign into this warp's queries
+      uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + warp * kRowsPerWarp * (kD / 2);
+      for (int i = lane; i < kRowsPerWarp * (kD / 2); i += 32) words[i] ^= 0x80008000u;
+      __syncwarp();
+    }
+    const int4 box = shared.box[step % kRing];
+    const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;
+    const bool needed = box.w != 0 || bounds.needs(own_origin, own_extent);
+
+    float s[kRowTiles][kKeys / 8][4];
+    if (needed) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[i][j][e] = 0.f;
+      const uint32_t key_tile = ptx::shared_address(shared.key[step % kStages]);
+#pragma unroll
+      for (int k = 0; k < kD / 16; ++k) {
+        uint32_t q[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(q[i], query_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t b[4];
+          Tile::load_b(b, key_tile, 16 * n, k, lane);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16(s[i][2 * n], q[i], b[0], b[1], Element());
+            ptx::mma_m16n8k16(s[i][2 * n + 1], q[i], b[2], b[3], Element());
+          }
+        }
+      }
+    }
+    ptx::cp_async_wait<2 * (kStages - 1)>();
+    __syncthreads();  // values of this step have come; its keys are used up
+    load_keys(step + kStages);
+    if (threadIdx.x == 0) enter(step + kStages + 1);
+
+    if (needed) {
+      if (box.w != 0) {
+        if (p.additional - box.z < kKeys) {
+          const tile::RowMask mask{0xffffu, uint32_t(p.additional - box.z) << 16};
+          const uint32_t words = tile::column_words(mask, 1, quad);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e)
+                if (!tile::keeps(words, j, e & 1)) s[i][j][e] = -INFINITY;
+        }
+      } else if (!bounds.full(own_origin, own_extent)) {
+        const tile::RowMask mask = row_index.mask(p, block, {box.x, box.y, box.z});
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int row_lane = 16 * i + 8 * r + lane / 4;
+            const tile::RowMask row{__shfl_sync(~0u, mask.planes, row_lane), __shfl_sync(~0u, mask.z_range, row_lane)};
+            const uint32_t words = tile::column_words(row, p.box.replicate_z, quad);
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                if (!tile::keeps(words, j, e)) s[i][j][2 * r + e] = -INFINITY;
+          }
+      }
+      softmax.weights(s, scale_log2, [&](int i, int r, float factor) {
+#pragma unroll
+        for (int j = 0; j < kD / 8; ++j) {
+          out[i][j][2 * r] *= factor;
+          out[i][j][2 * r + 1] *= factor;
+        }
+      });
+      const uint32_t value_tile = ptx::shared_address(shared.value[step % kStages]);
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        uint32_t weights[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* pair = &s[i][2 * k + e / 2][2 * (e % 2)];
+            weights[i][e] = ptx::pack(pair[0], pair[1], Element());
+          }
+#pragma unroll
+        for (int n = 0; n < kD / 16; ++n) {
+          uint32_t b[4];
+          Tile::load_b_transposed(b, value_tile, 16 * k, n, lane);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16(out[i][2 * n], weights[i], b[0], b[1], Element());
+            ptx::mma_m16n8k16(out[i][2 * n + 1], weights[i], b[2], b[3], Element());
+          }
+        }
+      }
+    }
+  }
+
+  // ---- results: through this warp's rows of the query tile, which no other warp reads
+  softmax.finish();
+  ptx::cp_async_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float inverse = 1.f / softmax.sum[i][r];
+      const int row = 16 * i + 8 * r + lane / 4;
+#pragma unroll
+      for (int j = 0; j < kD / 8; ++j)
+        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(warp * kRowsPerWarp + row, j) + 4 * quad) =
+            ptx::pack(out[i][j][2 * r] * inverse, out[i][j][2 * r + 1] * inverse, Element());
+      const int3 c = p.owned.coordinates(warp, row);
+      if (quad == 0 && block.contains(c)) {
+        const char* address = block.own_origin(p.logsumexp, block.head) + box_offset(p.logsumexp, c);
+        *reinterpret_cast<float*>(const_cast<char*>(address)) = softmax.logsumexp(i, r, scale_log2);
+      }
+    }
+  __syncwarp();
+  store_rows<kD, kRowsPerWarp>(shared.query, p, block, warp, lane, p.out, block.own_origin(p.out, block.head),
+                               p.head_dim_v);
+}
+
+}  // namespace natten::fused_sm80

@@ -1,0 +1,215 @@
+#include "kernels/fused_sm80/host.h"
+
+#include <cmath>
+#include <cstring>
+#include <mutex>
+
+namespace natten::fused_sm80 {
+
+namespace {
+
+constexpr int kElementBytes = 2;
+constexpr int kAlignment = 16;  // of every row, in bytes: cp.async copies 16-byte chunks
+
+// Cost of masking a box, as a share of computing it.
+constexpr double kPartialCharge = 0.25;
+
+// Neighbouring blocks take the heads of one tile when all the keys that the heads need fit here; then rows of
+// neighbouring heads, which share cache lines, are read together. Otherwise they take the tiles of one head.
+constexpr double kHeadsInnermostBytes = 16e6;
+
+}  // namespace
+
+void check_problem(const Problem& problem) {
+  if (problem.type != ScalarType::float16 && problem.type != ScalarType::bfloat16)
+    throw std::invalid_argument("fused_sm80: supports float16 and bfloat16 only");
+  if (problem.additional > INT32_MAX / 2) throw std::invalid_argument("fused_sm80: too many additional keys");
+}
+
+void check_rows(const TensorView& view, const Problem& problem, int channels, const char* name) {
+  auto fail = [&](const std::string& what) {
+    throw std::invalid_argument("fused_sm80: " + std::string(name) + " " + what);
+  };
+  if (channels % 8 != 0) fail("has a head dim that is not a multiple of 8");
+  if (reinterpret_cast<uintptr_t>(view.data) % kAlignment != 0) fail("is not aligned to 16 bytes");
+  auto check_stride = [&](int64_t stride, int64_t extent, const char* axis) {
+    if (extent > 1 && stride * kElementBytes % kAlignment != 0)
+      fail(std::string("has a ") + axis + " stride that is not a multiple of 16 bytes");
+  };
+  check_stride(view.batch_stride, problem.batch, "batch");
+  check_stride(view.head_stride, problem.heads, "head");
+  for (int a = 0; a < kAxes; ++a) check_stride(view.axis_stride[a], problem.axis[a].extent, "token");
+}
+
+Tensor make_tensor(const TensorView& view, const Problem& problem, int element_bytes) {
+  Tensor t{static_cast<char*>(view.data), view.batch_stride * element_bytes, view.head_stride * element_bytes, {}, {}};
+  for (int a = 0; a < kAxes; ++a) {
+    t.axis[a] = view.axis_stride[a] * element_bytes;
+    t.step[a] = t.axis[a] * problem.axis[a].dilation;
+  }
+  return t;
+}
+
+Tensor make_additional(const TensorView& view, int element_bytes) {
+  Tensor t{static_cast<char*>(view.data), view.batch_stride * element_bytes, view.head_stride * element_bytes, {}, {}};
+  t.axis[2] = t.step[2] = view.axis_stride[2] * element_bytes;
+  return t;
+}
+
+Parameters make_parameters(const Problem& problem) {
+  Parameters p{};
+  for (int a = 0; a < kAxes; ++a) {
+    p.axis[a] = problem.axis[a];
+    p.dense[a] = make_group(problem.axis[a], 0);
+    p.groups[a] = Divisor(problem.axis[a].dilation);
+  }
+  p.heads_per_kv = problem.heads / problem.heads_kv;
+  p.head_dim = problem.head_dim;
+  p.head_dim_v = problem.head_dim_v;
+  p.additional = int(problem.additional);
+  p.scale = float(problem.scale);
+  p.scale_log2 = float(problem.scale * 1.4426950408889634);
+  return p;
+}
+
+int head_dim_class(const Problem& problem) {
+  const int largest = max_int(problem.head_dim, problem.head_dim_v);
+  for (int size : kHeadDimClasses)
+    if (largest <= size) return size;
+  throw std::invalid_argument("fused_sm80: head dim " + std::to_string(largest) + " is larger than 256");
+}
+
+int shared_memory_limit() {
+  constexpr int kMostDevices = 64;
+  static std::once_flag once[kMostDevices];
+  static int limit[kMostDevices];
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kMostDevices) throw std::runtime_error("fused_sm80: device index above 63");
+  std::call_once(once[device], [&] {
+    check_cuda(cudaDeviceGetAttribute(&limit[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+               "cudaDevAttrMaxSharedMemoryPerBlockOptin");
+  });
+  return limit[device];
+}
+
+namespace {
+
+// The same problem with the roles of queries and keys exchanged: what a tile of keys meets is, up to the borders, what
+// a tile of queries would meet.
+void planner_axes(const Problem& problem, Side owned, Axis (&axes)[kAxes]) {
+  for (int a = 0; a < kAxes; ++a) {
+    axes[a] = problem.axis[a];
+    if (owned == Side::keys) {
+      axes[a].q_start = axes[a].kv_start;
+      axes[a].q_length = axes[a].kv_length;
+    }
+  }
+}
+
+// Scores computed, masked boxes charged extra.
+double cost(const Axis (&axes)[kAxes], const TileShape& shape) {
+  double all = 1, full = 1, scores = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const AxisPairs pairs = simulate_axis(axes[a], shape.q[a], shape.kv[a]);
+    all *= pairs.all;
+    full *= pairs.full;
+    scores *= double(shape.q[a]) * shape.kv[a];
+  }
+  return scores * (all + kPartialCharge * (all - full));
+}
+
+// A wide tile computes a score in this share of the time that a narrow one takes.
+constexpr double kWideShare = 0.8;
+
+struct PlanCache {
+  static constexpr int kEntries = 16;
+  struct Entry {
+    Axis axes[kAxes];
+    Side owned;
+    int only;
+    void (*kernel)(const Parameters);  // the wide one; null while the entry is free
+    TilePlan plan;
+  } entry[kEntries];
+  int next;
+};
+
+}  // namespace
+
+TilePlan read_plan(const int* values, const KernelEntry (&entries)[kVariants]) {
+  auto fail = [] { throw std::invalid_argument("fused_sm80: the plan does not fit the kernel"); };
+  if (values[0] < 0 || values[0] >= kVariants) fail();
+  TilePlan plan{static_cast<Variant>(values[0]), {}, {}};
+  int owned = 1, walked = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    plan.owned[a] = values[1 + a];
+    plan.walked[a] = values[4 + a];
+    for (int extent : {plan.owned[a], plan.walked[a]})
+      if (extent < 1 || extent > 256 || (extent & (extent - 1)) != 0) fail();
+    owned *= plan.owned[a];
+    walked *= plan.walked[a];
+  }
+  const KernelEntry& entry = entries[values[0]];
+  if (owned != entry.owned_rows || walked != entry.walked_rows || plan.walked[2] % tile::kRun != 0) fail();
+  if (entry.shared_bytes > shared_memory_limit()) fail();
+  return plan;
+}
+
+TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants], int only) {
+  thread_local PlanCache cache{};
+  for (const PlanCache::Entry& e : cache.entry)
+    if (e.kernel == entries[0].function && e.owned == owned && e.only == only &&
+        std::memcmp(e.axes, problem.axis, sizeof e.axes) == 0)
+      return e.plan;
+  Axis axes[kAxes];
+  planner_axes(problem, owned, axes);
+  TilePlan best{};
+  double best_cost = -1;
+  for (int v = 0; v < kVariants; ++v) {
+    const KernelEntry& entry = entries[v];
+    if (entry.shared_bytes > shared_memory_limit() || (only >= 0 && only != v)) continue;
+    const TileShape shape = plan_tiles(axes, {entry.owned_rows, entry.walked_rows, tile::kRun, kPartialCharge});
+    const double cost_ = cost(axes, shape) * (v == int(Variant::wide) ? kWideShare : 1);
+    if (best_cost >= 0 && cost_ >= best_cost) continue;
+    best_cost = cost_;
+    best.variant = static_cast<Variant>(v);
+    for (int a = 0; a < kAxes; ++a) {
+      best.owned[a] = shape.q[a];
+      best.walked[a] = shape.kv[a];
+    }
+  }
+  if (best_cost < 0) throw std::invalid_argument("fused_sm80: this device has too little shared memory");
+  PlanCache::Entry& e = cache.entry[cache.next++ % PlanCache::kEntries];
+  std::memcpy(e.axes, problem.axis, sizeof e.axes);
+  e.kernel = entries[0].function;
+  e.owned = owned;
+  e.only = only;
+  e.plan = best;
+  return best;
+}
+
+void launch(const KernelEntry& entry, Parameters& p, const Problem& problem, Side owned, const int (&owned_tile)[kAxes],
+            const int (&walked_box)[kAxes], int parts, cudaStream_t stream, const char* name) {
+  const int heads = owned == Side::queries ? problem.heads : problem.heads_kv;
+  int64_t blocks = problem.batch * heads * parts;
+  double needed = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const Axis& axis = p.axis[a];
+    const int tiles = ceil_div(ceil_div(owned == Side::queries ? axis.q_length : axis.kv_length, axis.dilation), owned_tile[a]);
+    if (tiles == 0) return;
+    p.tiles[a] = Divisor(tiles);
+    blocks *= int64_t(tiles) * axis.dilation;
+    needed *= owned_tile[a] + p.dense[a].kernel_size - 1;
+  }
+  if (blocks == 0) return;
+  p.parts = Divisor(parts);
+  p.heads = Divisor(heads);
+  p.heads_innermost = needed * heads * (problem.head_dim + problem.head_dim_v) * kElementBytes < kHeadsInnermostBytes;
+  p.owned = tile::make_owned_tile(owned_tile, entry.owned_warps);
+  p.box = tile::make_box_shape(walked_box);
+  allow_shared_memory(entry.function, entry.shared_bytes, name);
+  entry.function<<<grid_size(blocks, name), entry.threads, entry.shared_bytes, stream>>>(p);
+  check_launch(name);
+}
+
+}  // namespace natten::fused_sm80

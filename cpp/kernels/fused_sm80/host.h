@@ -1,0 +1,66 @@
+// Host side shared by the passes: from a Problem to Parameters, tile shapes and a launch.
+#pragma once
+
+#include "kernels/arguments.h"
+#include "kernels/fused_sm80/registry.h"
+#include "kernels/launch.h"
+#include "tile/token_tile.h"
+#include "window/planner.h"
+
+namespace natten::fused_sm80 {
+
+// Throws std::invalid_argument for what the family does not support.
+void check_problem(const Problem& problem);
+
+// Throws std::invalid_argument unless the kernels can read `view` in place: rows of 16-byte chunks.
+void check_rows(const TensorView& view, const Problem& problem, int channels, const char* name);
+
+// `view` of a problem's tensor, strides in bytes. Dilated axes step over their group's neighbours.
+Tensor make_tensor(const TensorView& view, const Problem& problem, int element_bytes);
+// Additional keys [B, S, Hkv, C]: S takes the place of the innermost axis, the others have extent 1.
+Tensor make_additional(const TensorView& view, int element_bytes);
+
+// Everything but the tensors and the tiles.
+Parameters make_parameters(const Problem& problem);
+
+// The shape of the owned tile and of the walked boxes, for a kernel whose blocks own tiles of `owned`.
+struct TilePlan {
+  Variant variant;
+  int owned[kAxes], walked[kAxes];
+};
+// Reads a plan's seven numbers: variant, owned tile, walked box.
+TilePlan read_plan(const int* values, const KernelEntry (&entries)[kVariants]);
+// `only`: a variant, or -1 for the cheaper one.
+TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants], int only = -1);
+
+// Sets the tiles, the order of blocks and their number, and launches. Empty grids return at once.
+void launch(const KernelEntry& entry, Parameters& parameters, const Problem& problem, Side owned, const int (&owned_tile)[kAxes],
+            const int (&walked_box)[kAxes], int parts, cudaStream_t stream, const char* name);
+
+// Largest dynamic shared memory of a block, of the current device.
+int shared_memory_limit();
+
+// The class that a head dim is padded to; throws when there is none.
+int head_dim_class(const Problem& problem);
+
+template <template <class, int> class Entry>
+void entries_of(const Problem& problem, KernelEntry (&entries)[kVariants]) {
+  const int head_dim = head_dim_class(problem);
+  auto fill = [&]<class Element>(Element) {
+    for (int v = 0; v < kVariants; ++v) {
+      const Variant variant = static_cast<Variant>(v);
+      switch (head_dim) {
+        case 32: entries[v] = Entry<Element, 32>()(variant); break;
+        case 64: entries[v] = Entry<Element, 64>()(variant); break;
+        case 96: entries[v] = Entry<Element, 96>()(variant); break;
+        case 128: entries[v] = Entry<Element, 128>()(variant); break;
+        case 192: entries[v] = Entry<Element, 192>()(variant); break;
+        default: entries[v] = Entry<Element, 256>()(variant); break;
+      }
+    }
+  };
+  if (problem.type == ScalarType::float16) fill(__half());
+  else fill(__nv_bfloat16());
+}
+
+}  // namespace natten::fused_sm80

@@ -1,0 +1,30 @@
+// Arithmetic on single values.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace natten::ptx {
+
+// 2^x, about two units in the last place; 0 for -infinity.
+__device__ __forceinline__ float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two floats rounded to a pair of 16-bit elements, `low` in the low half.
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+}  // namespace natten::ptx
