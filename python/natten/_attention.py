@@ -27,7 +27,19 @@ _MAX_PREPARED = 4096
 class Prepared:
     """A checked call with its kernels chosen: all that a repeated call needs."""
 
-    __slots__ = ("backward", "composite", "flags", "forced", "kernel", "lse_dtype", "plan", "problem", "scale", "window")
+    __slots__ = (
+        "aligned",
+        "backward",
+        "composite",
+        "flags",
+        "forced",
+        "kernel",
+        "lse_dtype",
+        "plan",
+        "problem",
+        "scale",
+        "window",
+    )
 
     def __init__(self, problem: Problem, forced: Kernel | None, requires_grad: bool) -> None:
         decision = choose(problem, Operation.forward, forced, requires_grad=requires_grad)
@@ -35,6 +47,7 @@ class Prepared:
         self.forced = forced
         self.kernel = int(decision.kernel)
         self.composite = decision.family.composite
+        self.aligned = decision.family.aligned
         self.plan = list(decision.plan)
         self.window = problem.window
         self.scale = problem.scale
@@ -167,7 +180,7 @@ def attend(
         return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
             call, query, key, value, additional_keys, additional_values
         )
-    return _Attention.forward(call, query, key, value, additional_keys, additional_values)
+    return _fused_forward(call, query, key, value, additional_keys, additional_values)
 
 
 def composite(
@@ -187,7 +200,9 @@ def composite(
         lse = torch.logsumexp(logits, -1) if logits.dtype == lse_dtype else torch.logsumexp(logits.to(lse_dtype), -1)
         return _unfused.av(value_problem, torch.softmax(logits, -1), value, kernel), lse
     # [B, tokens, Hkv, heads of a group, D]
-    grouped = query.flatten(1, -3).unflatten(2, (problem.heads_kv, problem.heads // problem.heads_kv))
+    grouped = query.reshape(
+        problem.batch, problem.queries, problem.heads_kv, problem.heads // problem.heads_kv, problem.head_dim
+    )
     extra = torch.einsum("bthgd,bshd->bthgs", grouped, additional_keys) * problem.scale
     logits = torch.cat((logits, extra.reshape(*query.shape[:-1], problem.additional)), -1)
     lse = torch.logsumexp(logits.to(lse_dtype), -1)
@@ -209,12 +224,10 @@ def _fused_forward(
     rows = query.shape[:-1]
     out = query.new_empty((*rows, value.shape[-1]))
     lse = query.new_empty(rows, dtype=call.lse_dtype)
-    kernel = Kernel(call.kernel)
-    if FAMILIES[kernel].aligned:
-        query, key, value = (_unfused.aligned(tensor, kernel) for tensor in (query, key, value))
+    if call.aligned:
+        query, key, value = _unfused.aligned(query), _unfused.aligned(key), _unfused.aligned(value)
         if additional_keys is not None and additional_values is not None:
-            additional_keys = _unfused.aligned(additional_keys, kernel)
-            additional_values = _unfused.aligned(additional_values, kernel)
+            additional_keys, additional_values = _unfused.aligned(additional_keys), _unfused.aligned(additional_values)
     torch.ops.natten.na_forward.default(
         query,
         key,
@@ -233,8 +246,10 @@ def _fused_forward(
 
 
 class _Attention(torch.autograd.Function):
+    # The context is filled in `forward`: a separate `setup_context` doubles the time of a small call.
     @staticmethod
     def forward(
+        ctx: Any,
         call: Prepared,
         query: Tensor,
         key: Tensor,
@@ -242,16 +257,14 @@ class _Attention(torch.autograd.Function):
         additional_keys: Tensor | None,
         additional_values: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return _fused_forward(call, query, key, value, additional_keys, additional_values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.call, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
+        out, lse = _fused_forward(call, query, key, value, additional_keys, additional_values)
+        ctx.call = call
+        ctx.save_for_backward(query, key, value, additional_keys, additional_values, out, lse)
         ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         call: Prepared = ctx.call
         query, key, value, additional_keys, additional_values, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
@@ -259,12 +272,12 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
             return _backward_with_graph(ctx, grad_out, grad_lse)
-        kernel_number, plan, workspace_bytes = call.choose_backward()
-        kernel = Kernel(kernel_number)
+        kernel, plan, workspace_bytes = call.choose_backward()
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        inputs = [_unfused.aligned(t, kernel) for t in (grad_out, query, key, value)]
-        extra = [None if t is None else _unfused.aligned(t, kernel) for t in (additional_keys, additional_values)]
+        prepare = _unfused.aligned if FAMILIES[Kernel(kernel)].aligned else _unfused.rows
+        inputs = [prepare(t) for t in (grad_out, query, key, value)]
+        extra = [None if t is None else prepare(t) for t in (additional_keys, additional_values)]
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
         extra_grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in extra]
         workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
@@ -280,7 +293,7 @@ class _Attention(torch.autograd.Function):
             workspace,
             call.window,
             call.scale,
-            kernel_number,
+            kernel,
             call.flags,
             plan,
         )
@@ -291,7 +304,8 @@ def _backward_with_graph(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | N
     call: Prepared = ctx.call
     tensors = ctx.saved_tensors[:5]
     kernel = call.forced if call.forced is not None and call.forced in _UNFUSED_KERNELS else None
-    outputs = composite(call.problem, *tensors, kernel)
+    query, key, value, additional_keys, additional_values = tensors
+    outputs = composite(call.problem, query, key, value, additional_keys, additional_values, kernel)
     pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
     found = iter(

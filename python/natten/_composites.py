@@ -19,6 +19,11 @@ _WINDOW = "SymInt[] kernel_size, SymInt[] stride=1, SymInt[] dilation=1, bool[] 
 _GLOBAL = "SymInt[]? q_start=None, SymInt[]? kv_start=None, SymInt[]? extent=None"
 
 
+# torch.library.Library is not annotated.
+define: Any = fragment.define
+implement: Any = fragment.impl
+
+
 def _define(rank: int) -> None:
     # A list argument with a default needs its length in the schema.
     window = _WINDOW.replace("[] stride", f"[{rank}] stride").replace("[] dilation", f"[{rank}] dilation")
@@ -67,20 +72,20 @@ def _define(rank: int) -> None:
     def without_lse(*args: Any, **kwargs: Any) -> Tensor:
         return with_lse(*args, **kwargs)[0]
 
-    fragment.define(f"na{rank}d({arguments}) -> Tensor")
-    fragment.define(f"na{rank}d.with_lse({arguments}) -> (Tensor, Tensor)")
-    fragment.impl(f"na{rank}d", without_lse, "CompositeImplicitAutograd")
-    fragment.impl(f"na{rank}d.with_lse", with_lse, "CompositeImplicitAutograd")
+    define(f"na{rank}d({arguments}) -> Tensor")
+    define(f"na{rank}d.with_lse({arguments}) -> (Tensor, Tensor)")
+    implement(f"na{rank}d", without_lse, "CompositeImplicitAutograd")
+    implement(f"na{rank}d.with_lse", with_lse, "CompositeImplicitAutograd")
 
 
 for _rank in (1, 2, 3):
     _define(_rank)
 
-fragment.define(
+define(
     "qk(Tensor query, Tensor key, SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, "
     f"float? scale=None, Tensor? rpb=None, {_GLOBAL}, str? kernel=None) -> Tensor"
 )
-fragment.define(
+define(
     "av(Tensor attn, Tensor value, SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, bool[] is_causal, "
     f"{_GLOBAL}, str? kernel=None) -> Tensor"
 )
@@ -120,5 +125,5 @@ def _av(
     return checked_av(attn, value, kernel_size, stride, dilation, is_causal, q_start, kv_start, extent, kernel)
 
 
-fragment.impl("qk", _qk, "CompositeImplicitAutograd")
-fragment.impl("av", _av, "CompositeImplicitAutograd")
+implement("qk", _qk, "CompositeImplicitAutograd")
+implement("av", _av, "CompositeImplicitAutograd")

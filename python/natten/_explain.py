@@ -39,14 +39,14 @@ class Explanation:
         heads = f"{p.heads} heads" if p.heads == p.heads_kv else f"{p.heads} heads over {p.heads_kv} key heads"
         dims = str(p.head_dim) if p.head_dim == p.head_dim_v else f"{p.head_dim}, value head dim {p.head_dim_v}"
         lines = [
-            f"na{p.rank}d on {p.device}, {str(p.dtype).removeprefix('torch.')}: batch {p.batch}, {grid} queries, {keys} "
-            f"keys, {p.additional} additional keys, {heads}, head dim {dims}"
+            f"na{p.rank}d on {p.device}, {str(p.dtype).removeprefix('torch.')}: batch {p.batch}, {grid} queries, "
+            f"{keys} keys, {p.additional} additional keys, {heads}, head dim {dims}"
         ]
         for index, axis in enumerate(p.axes):
             causal = ", causal" if axis.causal else ""
             lines.append(
-                f"  axis {index}: kernel_size {axis.kernel_size}, stride {axis.stride}, dilation {axis.dilation}{causal}, "
-                f"queries from {axis.q_start}, keys from {axis.kv_start}, extent {axis.extent}"
+                f"  axis {index}: kernel_size {axis.kernel_size}, stride {axis.stride}, dilation {axis.dilation}"
+                f"{causal}, queries from {axis.q_start}, keys from {axis.kv_start}, extent {axis.extent}"
             )
         for decision in self.decisions:
             lines.append(f"{decision.operation.value}: {decision.kernel.name}{' (forced)' if decision.forced else ''}")
@@ -103,14 +103,12 @@ def explain(
         default = torch.float16 if device.type == "cuda" else torch.float32
         dtype = query.dtype if isinstance(query, Tensor) else default
 
-    def tensor(given: Tensor | Sequence[int] | None) -> Tensor | None:
-        if given is None or isinstance(given, Tensor):
-            return given
-        return torch.empty(tuple(given), dtype=dtype, device="meta")
+    def tensor(given: Tensor | Sequence[int]) -> Tensor:
+        return given if isinstance(given, Tensor) else torch.empty(tuple(given), dtype=dtype, device="meta")
 
-    tensors = [tensor(given) for given in (query, key, value, additional_keys, additional_values)]
-    q, k, v, extra_keys, extra_values = tensors
-    assert q is not None and k is not None and v is not None
+    q, k, v = tensor(query), tensor(key), tensor(value)
+    extra_keys = None if additional_keys is None else tensor(additional_keys)
+    extra_values = None if additional_values is None else tensor(additional_values)
     problem = attention_problem(
         q.dim() - 3,
         q,
@@ -130,7 +128,9 @@ def explain(
     )
     problem = replace(problem, device=device)
     if requires_grad is None:
-        requires_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        requires_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (q, k, v, extra_keys, extra_values)
+        )
     forced = forced_kernel(kernel, backend, device)
     decisions = [choose(problem, Operation.forward, forced, capability, requires_grad)]
     if requires_grad and not decisions[0].family.composite:

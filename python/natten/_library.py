@@ -1,4 +1,4 @@
-"""The compiled library: where it is found, what it was built with, and what tracing needs to know about its operators."""
+"""The compiled library: where it is found, what it was built with, and how tracing sees its operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OPERATORS = ("na_forward", "na_backward", "na_qk", "na_av", "na_inverse_av", "n
 _ARCHITECTURES = ((1, "80"), (2, "86"), (4, "90a"))
 
 # Operators defined in Python (torch.ops.natten.na1d, ...) live in this fragment of the namespace.
-fragment = torch.library.Library("natten", "FRAGMENT")
+fragment: torch.library.Library = torch.library.Library("natten", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _load() -> tuple[Path | None, str]:
     if path is None:
         return None, f"{_FILE_NAME} is not in {Path(__file__).parent}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return None, f"{path} could not be loaded: {error.__cause__ or error}"
     for name in _OPERATORS:

@@ -157,7 +157,7 @@ def _per_axis(name: str, value: object, rank: int, kind: str) -> list[Any]:
 
 
 def _integers(name: str, value: object, rank: int) -> list[int]:
-    result = []
+    result: list[Any] = []
     for axis, item in enumerate(_per_axis(name, value, rank, "an int")):
         if isinstance(item, SymInt):
             result.append(item)
@@ -170,7 +170,7 @@ def _integers(name: str, value: object, rank: int) -> list[int]:
             raise TypeError(
                 f"{name} must be an int along axis {axis}; got {item!r} of type {type(item).__name__}"
             ) from None
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _flags(name: str, value: object, rank: int) -> list[bool]:
@@ -297,11 +297,11 @@ def _check_heads(heads: int, heads_kv: int, query: str = "query", key: str = "ke
 
 def _check_scale(scale: object, head_dim: int) -> float:
     if scale is None:
-        return float(head_dim) ** -0.5
-    if isinstance(scale, bool) or isinstance(scale, Tensor):
+        return 1 / math.sqrt(head_dim)
+    if isinstance(scale, (bool, Tensor)):
         raise TypeError(f"scale must be a number; got {type(scale).__name__}")
     try:
-        value = float(scale)  # type: ignore[arg-type]
+        value: float = float(scale)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"scale must be a number; got {scale!r}") from None
     if not math.isfinite(value):
@@ -309,7 +309,11 @@ def _check_scale(scale: object, head_dim: int) -> float:
     return value
 
 
-_LAYOUT = {1: "[batch, X, heads, head_dim]", 2: "[batch, X, Y, heads, head_dim]", 3: "[batch, X, Y, Z, heads, head_dim]"}
+_LAYOUT = {
+    1: "[batch, X, heads, head_dim]",
+    2: "[batch, X, Y, heads, head_dim]",
+    3: "[batch, X, Y, Z, heads, head_dim]",
+}
 
 
 def attention_problem(

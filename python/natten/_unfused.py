@@ -1,8 +1,8 @@
 """qk, av and inverse_av: three bilinear maps, each other's derivatives, and so differentiable to any order.
 
-    qk(query, key)       logits of every query against its window
-    av(weights, value)   weighted sum of the window's values
-    inverse_av(weights, input)   the transpose: what every key receives from the queries that see it
+qk(query, key)       logits of every query against its window
+av(weights, value)   weighted sum of the window's values
+inverse_av(weights, input)   the transpose: what every key receives from the queries that see it
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from natten import _library
 from natten._problem import Problem, check_rpb, unfused_problem, valid_slots
@@ -69,31 +69,38 @@ def checked_av(
     return av(problem, attention, value, forced_kernel(kernel, None, attention.device))
 
 
-def choose_kernel(problem: Problem, operation: Operation, kernel: Kernel | None) -> Kernel:
-    """The forced kernel, or the dispatcher's choice."""
-    return choose(problem, operation, kernel).kernel
+def rows(tensor: Tensor) -> Tensor:
+    """`tensor` with channel stride 1, which gradients from outside need not have."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def aligned(tensor: Tensor, kernel: Kernel) -> Tensor:
-    """`tensor`, or a copy where the kernel needs 16-byte aligned rows and they are not, or an odd channel stride."""
-    if tensor.stride(-1) != 1:
-        return tensor.contiguous()
-    if not FAMILIES[kernel].aligned:
-        return tensor
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it where its rows do not start at multiples of 16 bytes or have gaps."""
     elements = 16 // tensor.dtype.itemsize
-    for offset in (*tensor.stride()[:-1], tensor.storage_offset()):
-        if not statically_known_true(offset % elements == 0):
+    *strides, channel = tensor.stride()
+    if channel != 1:
+        return tensor.contiguous()
+    for offset in (*strides, tensor.storage_offset()):
+        remainder = offset % elements
+        if isinstance(remainder, SymInt):
+            from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+            remainder = 0 if statically_known_true(remainder == 0) else 1
+        if remainder:
             return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
 
-def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, kernel: Kernel) -> Tensor:
+def _prepare(tensor: Tensor, kernel: Kernel) -> Tensor:
+    return aligned(tensor) if FAMILIES[kernel].aligned else rows(tensor)
+
+
+def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, forced: Kernel | None) -> Tensor:
+    kernel = choose(problem, Operation.qk, forced).kernel
     attention = query.new_empty((*query.shape[:-1], problem.slots))
     torch.ops.natten.na_qk.default(
-        aligned(query, kernel),
-        aligned(key, kernel),
+        _prepare(query, kernel),
+        _prepare(key, kernel),
         None if rpb is None else rpb.contiguous(),
         attention,
         problem.window,
@@ -105,11 +112,12 @@ def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, ke
     return attention
 
 
-def _raw_av(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
+def _raw_av(problem: Problem, attention: Tensor, value: Tensor, forced: Kernel | None) -> Tensor:
+    kernel = choose(problem, Operation.av, forced).kernel
     out = attention.new_empty((*attention.shape[:-1], value.shape[-1]))
     torch.ops.natten.na_av.default(
-        attention if attention.stride(-1) == 1 else attention.contiguous(),
-        aligned(value, kernel),
+        rows(attention),
+        _prepare(value, kernel),
         out,
         problem.window,
         problem.scale,
@@ -120,11 +128,12 @@ def _raw_av(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel) 
     return out
 
 
-def _raw_inverse_av(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel) -> Tensor:
+def _raw_inverse_av(problem: Problem, attention: Tensor, source: Tensor, forced: Kernel | None) -> Tensor:
+    kernel = choose(problem, Operation.inverse_av, forced).kernel
     out = source.new_empty((problem.batch, *problem.kv_grid, problem.heads_kv, source.shape[-1]))
     torch.ops.natten.na_inverse_av.default(
-        attention if attention.stride(-1) == 1 else attention.contiguous(),
-        aligned(source, kernel),
+        rows(attention),
+        _prepare(source, kernel),
         out,
         problem.window,
         problem.scale,
@@ -133,6 +142,19 @@ def _raw_inverse_av(problem: Problem, attention: Tensor, source: Tensor, kernel:
         [],
     )
     return out
+
+
+def _raw_rpb_gradient(problem: Problem, grad_attention: Tensor, forced: Kernel | None) -> Tensor:
+    grad_rpb = grad_attention.new_empty((problem.heads, *(2 * axis.kernel_size - 1 for axis in problem.axes)))
+    torch.ops.natten.na_rpb_backward.default(
+        rows(grad_attention),
+        grad_rpb,
+        problem.window,
+        int(choose(problem, Operation.rpb_backward, forced).kernel),
+        problem.flags,
+        [],
+    )
+    return grad_rpb
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
@@ -150,71 +172,63 @@ def qk(
 ) -> Tensor:
     """[B, X, Y, Z, H, slots]: scale * query . key (+ rpb); slots past a window's end hold -inf, or 0 if asked."""
     if _differentiable(query, key, rpb):
-        return _QK.apply(problem, query, key, rpb, kernel, fill_zero)  # type: ignore[no-untyped-call, no-any-return]
-    return _QK.forward(problem, query, key, rpb, kernel, fill_zero)
+        attention: Tensor = _QK.apply(problem, query, key, rpb, kernel)  # type: ignore[no-untyped-call]
+    else:
+        attention = _raw_qk(problem, query, key, rpb, kernel)
+    valid = valid_slots(problem) if fill_zero else None
+    return attention if valid is None else attention.masked_fill(~valid, 0)
 
 
 def av(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel | None = None) -> Tensor:
     """[B, X, Y, Z, H, D]: scale * the window's values, weighted."""
     if _differentiable(attention, value):
         return _AV.apply(problem, attention, value, kernel)  # type: ignore[no-untyped-call, no-any-return]
-    return _AV.forward(problem, attention, value, kernel)
+    return _raw_av(problem, attention, value, kernel)
 
 
 def inverse_av(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel | None = None) -> Tensor:
     """[B, X', Y', Z', Hkv, D]: scale * the sum over the queries that see a key of their weight times `source`."""
     if _differentiable(attention, source):
         return _InverseAV.apply(problem, attention, source, kernel)  # type: ignore[no-untyped-call, no-any-return]
-    return _InverseAV.forward(problem, attention, source, kernel)
+    return _raw_inverse_av(problem, attention, source, kernel)
 
 
-def rpb_gradient(problem: Problem, grad_attention: Tensor, kernel: Kernel | None = None) -> Tensor:
+def rpb_gradient(problem: Problem, grad_attention: Tensor) -> Tensor:
     """[H, 2 k - 1, ...]: the sum over batch and queries of `grad_attention` at each relative position."""
     if _differentiable(grad_attention):
-        return _RpbGradient.apply(problem, grad_attention, kernel)  # type: ignore[no-untyped-call, no-any-return]
-    return _RpbGradient.forward(problem, grad_attention, kernel)
+        return _RpbGradient.apply(problem, grad_attention)  # type: ignore[no-untyped-call, no-any-return]
+    return _raw_rpb_gradient(problem, grad_attention, None)
 
 
 class _QK(torch.autograd.Function):
     @staticmethod
     def forward(
-        problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, kernel: Kernel | None, fill_zero: bool
+        ctx: Any, problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, kernel: Kernel | None
     ) -> Tensor:
-        attention = _raw_qk(problem, query, key, rpb, choose_kernel(problem, Operation.qk, kernel))
-        if fill_zero:
-            valid = valid_slots(problem)
-            if valid is not None:
-                attention.masked_fill_(~valid, 0)
-        return attention
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.problem, query, key, rpb, ctx.kernel, _ = inputs
+        ctx.problem, ctx.kernel = problem, kernel
         ctx.save_for_backward(query, key)
+        return _raw_qk(problem, query, key, rpb, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_query = av(ctx.problem, grad, key, ctx.kernel) if needs[1] else None
         grad_key = inverse_av(ctx.problem, grad, query, ctx.kernel) if needs[2] else None
-        # The bias gradient is a reduction of its own; a kernel forced for the products does not apply to it.
+        # The bias gradient is a reduction, not a product: a kernel forced for the products does not apply to it.
         grad_rpb = rpb_gradient(ctx.problem, grad) if needs[3] else None
-        return None, grad_query, grad_key, grad_rpb, None, None
+        return None, grad_query, grad_key, grad_rpb, None
 
 
 class _AV(torch.autograd.Function):
     @staticmethod
-    def forward(problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel | None) -> Tensor:
-        return _raw_av(problem, attention, value, choose_kernel(problem, Operation.av, kernel))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.problem, attention, value, ctx.kernel = inputs
+    def forward(ctx: Any, problem: Problem, attention: Tensor, value: Tensor, kernel: Kernel | None) -> Tensor:
+        ctx.problem, ctx.kernel = problem, kernel
         ctx.save_for_backward(attention, value)
+        return _raw_av(problem, attention, value, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         attention, value = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_attention = qk(ctx.problem, grad, value, None, ctx.kernel, fill_zero=True) if needs[1] else None
@@ -224,16 +238,13 @@ class _AV(torch.autograd.Function):
 
 class _InverseAV(torch.autograd.Function):
     @staticmethod
-    def forward(problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel | None) -> Tensor:
-        return _raw_inverse_av(problem, attention, source, choose_kernel(problem, Operation.inverse_av, kernel))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.problem, attention, source, ctx.kernel = inputs
+    def forward(ctx: Any, problem: Problem, attention: Tensor, source: Tensor, kernel: Kernel | None) -> Tensor:
+        ctx.problem, ctx.kernel = problem, kernel
         ctx.save_for_backward(attention, source)
+        return _raw_inverse_av(problem, attention, source, kernel)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         attention, source = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_attention = qk(ctx.problem, source, grad, None, ctx.kernel, fill_zero=True) if needs[1] else None
@@ -243,29 +254,15 @@ class _InverseAV(torch.autograd.Function):
 
 class _RpbGradient(torch.autograd.Function):
     @staticmethod
-    def forward(problem: Problem, grad_attention: Tensor, kernel: Kernel | None) -> Tensor:
-        chosen = choose_kernel(problem, Operation.rpb_backward, kernel)
-        shape = (problem.heads, *(2 * axis.kernel_size - 1 for axis in problem.axes))
-        grad_rpb = grad_attention.new_empty(shape)
-        torch.ops.natten.na_rpb_backward.default(
-            grad_attention if grad_attention.stride(-1) == 1 else grad_attention.contiguous(),
-            grad_rpb,
-            problem.window,
-            int(chosen),
-            problem.flags,
-            [],
-        )
-        return grad_rpb
+    def forward(ctx: Any, problem: Problem, grad_attention: Tensor) -> Tensor:
+        ctx.problem = problem
+        return _raw_rpb_gradient(problem, grad_attention, None)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.problem, _, ctx.kernel = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Its transpose looks the bias up: qk of nothing, plus the bias.
         problem: Problem = replace(ctx.problem, scale=0.0, head_dim=8, head_dim_v=8)
         nothing = grad.new_zeros(8)
         query = nothing.expand(problem.batch, *problem.q_grid, problem.heads, 8)
         key = nothing.expand(problem.batch, *problem.kv_grid, problem.heads_kv, 8)
-        return None, qk(problem, query, key, grad), None
+        return None, qk(problem, query, key, grad)

@@ -223,8 +223,8 @@ def parse_kernel(kernel: object) -> Kernel | None:
 def kernel_from_backend(backend: object, device: torch.device) -> Kernel | None:
     """The kernel for a backend name of the public NATTEN package.
 
-    "cutlass-fna" / "cutlass-fmha" is `fused_sm80`, "hopper-fna" / "hopper-fmha" is `fused_sm90`, "reference" is the naive
-    kernel of the device. "flex-fna" / "flex-fmha", there the backend that runs anywhere, leaves the choice to the
+    "cutlass-fna" / "cutlass-fmha" is `fused_sm80`, "hopper-fna" / "hopper-fmha" is `fused_sm90`, "reference" is the
+    naive kernel of the device. "flex-fna" / "flex-fmha", there the backend that runs anywhere, leaves the choice to the
     dispatcher.
     """
     if backend == "reference":
@@ -396,7 +396,7 @@ def _rate(family: Family, problem: Problem, hardware: Hardware) -> float:
 
 
 def _milliseconds(family: Family, problem: Problem, operation: Operation, hardware: Hardware) -> float:
-    """A roofline: the longer of products at the family's share of the peak, and bytes at four fifths of the bandwidth."""
+    """A roofline: the longer of products at the family's share of the peak and bytes at 4/5 of the bandwidth."""
     pairs = problem.batch * problem.heads * _computed_pairs(family, problem)
     size = problem.dtype.itemsize
     queries = problem.batch * problem.queries * problem.heads
@@ -512,7 +512,11 @@ def _limit_memory(candidate: Candidate, problem: Problem, operation: Operation) 
     if candidate.rejected is not None or operation not in _FUSED or not FAMILIES[candidate.kernel].composite:
         return candidate
     reason = _memory_rejection(candidate.memory_bytes, problem.device)
-    return candidate if reason is None else Candidate(candidate.kernel, reason, candidate.milliseconds, candidate.memory_bytes)
+    return (
+        candidate
+        if reason is None
+        else Candidate(candidate.kernel, reason, candidate.milliseconds, candidate.memory_bytes)
+    )
 
 
 def _sentence(reason: str) -> str:

@@ -246,8 +246,8 @@ _DOCUMENTATION = """{rank}-D neighborhood attention: each query attends the keys
     definition of the window is in docs/semantics.md.
 
     Args:
-        query: `[batch, {axes}, heads, head_dim]`; float64, float32, float16 or bfloat16. The last dimension has stride 1,
-            the others any (views of a packed QKV tensor are read in place).
+        query: `[batch, {axes}, heads, head_dim]`; float64, float32, float16 or bfloat16. The last dimension has
+            stride 1, the others any (views of a packed QKV tensor are read in place).
         key: `[batch, {axes}, heads_kv, head_dim]`; `heads_kv` divides `heads` (grouped-query attention).
         value: `[batch, {axes}, heads_kv, head_dim_v]`.
         kernel_size: window size in tokens, one int or one per axis; -1 is the whole axis. `kernel_size * dilation` must
@@ -275,8 +275,8 @@ _DOCUMENTATION = """{rank}-D neighborhood attention: each query attends the keys
 
     Returns:
         `[batch, {axes}, heads, head_dim_v]` in query's dtype; with `return_lse` also the logsumexp of the logits,
-        natural logarithm, `[batch, {axes}, heads]`, float32 (float64 for float64). Both are differentiable, to any order:
-        differentiating a gradient again goes through the unfused operators, which store the attention weights.
+        natural logarithm, `[batch, {axes}, heads]`, float32 (float64 for float64). Both are differentiable, to any
+        order: differentiating a gradient again goes through the unfused operators, which store the attention weights.
 
     Raises:
         ValueError: an argument breaks a rule above (the message names argument, axis, value and rule), a window needs
@@ -381,8 +381,8 @@ def na_av(
     """Sums of the windows' values with the given weights, for ranks 1 to 3.
 
     Args:
-        attn: `[batch, X, Y, Z, heads, slots]` weights, as `na_qk` arranges logits; they need not be a softmax. Slots past
-            the end of a shorter window are ignored.
+        attn: `[batch, X, Y, Z, heads, slots]` weights, as `na_qk` arranges logits; they need not be a softmax.
+            Slots past the end of a shorter window are ignored.
         value: `[batch, X, Y, Z, heads_kv, head_dim]`.
 
     The other arguments are those of `na2d`.
@@ -446,9 +446,9 @@ def attention(
         value: `[batch, tokens_kv, heads_kv, head_dim_v]`.
         is_causal: query i attends keys 0..i (the mask's corner is top left).
         scale: factor of the logits; `head_dim ** -0.5` by default.
-        seqlens_Q, seqlens_KV: int tensors `[sequences]`: sequences of these lengths are packed along the token dimension
-            of a batch of 1. One call per sequence: lengths are read on the host, which waits for the device.
-        cumulative_seqlen_Q, cumulative_seqlen_KV: int tensors `[sequences + 1]`, the same lengths as running sums from 0.
+        seqlens_Q, seqlens_KV: int tensors `[sequences]`: sequences of these lengths are packed along the token
+            dimension of a batch of 1. One call per sequence: lengths are read on the host, which waits for the device.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: int tensors `[sequences + 1]`, the same lengths, summed from 0.
         max_seqlen_Q, max_seqlen_KV: accepted for compatibility.
         q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits: accepted for
             compatibility and checked to be positive; kernels plan their tiles themselves.
@@ -563,7 +563,7 @@ def _dense(
     rows = tokens // tokens_kv
     whole = rows * tokens_kv
     out, lse = call(
-        query[:, :whole].unflatten(1, (rows, tokens_kv)),
+        query[:, :whole].reshape(query.shape[0], rows, tokens_kv, *query.shape[2:]),
         key.unsqueeze(1).expand(-1, rows, -1, -1, -1),
         value.unsqueeze(1).expand(-1, rows, -1, -1, -1),
         (1, -1),
@@ -588,7 +588,7 @@ def merge_attentions(
         outputs: two or more tensors `[batch, ..., heads, head_dim]` of one shape and dtype.
         lse_tensors: their logsumexps `[batch, ..., heads]`.
         torch_compile: run the arithmetic through `torch.compile`.
-        use_autograd_fix: accepted for compatibility; gradients are those of the formula, through outputs and logsumexps.
+        use_autograd_fix: accepted for compatibility; gradients flow through outputs and logsumexps.
 
     Returns:
         Output in the dtype of `outputs[0]`, logsumexp in float32 (float64 where an input is).

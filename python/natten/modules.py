@@ -44,11 +44,10 @@ class _NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
-            raise ValueError(
-                f"num_heads must divide embed_dim and both be at least 1; got {num_heads} and {embed_dim}"
-            )
+            raise ValueError(f"num_heads must divide embed_dim and both be at least 1; got {num_heads} and {embed_dim}")
         window = check_window_arguments(self.rank, kernel_size, stride, dilation, is_causal)
-        self.kernel_size, self.stride, self.dilation, self.is_causal = (tuple(values) for values in window)
+        self.kernel_size, self.stride, self.dilation = (tuple(values) for values in window[:3])
+        self.is_causal = tuple(window[3])
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads

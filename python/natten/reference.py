@@ -138,15 +138,13 @@ def _dense_bias(rpb: Tensor, q_grid: Sequence[int], kv_grid: Sequence[int], wind
         t = (torch.arange(kv_grid[axis]) + window.kv_start[axis]) // d
         index = (t[None, :] - p[:, None] + k - 1).clamp(0, 2 * k - 2)
         bias = bias.index_select(1 + axis, index.flatten().to(rpb.device))
-        bias = bias.unflatten(1 + axis, index.shape)
+        bias = bias.reshape(*bias.shape[: 1 + axis], *index.shape, *bias.shape[2 + axis :])
     rank = len(q_grid)
     order = [0, *(1 + 2 * a for a in range(rank)), *(2 + 2 * a for a in range(rank))]
     return bias.permute(order).reshape(rpb.shape[0], math.prod(q_grid), math.prod(kv_grid))
 
 
-def qk(
-    query: Tensor, key: Tensor, window: Window, scale: float | None = None, rpb: Tensor | None = None
-) -> Tensor:
+def qk(query: Tensor, key: Tensor, window: Window, scale: float | None = None, rpb: Tensor | None = None) -> Tensor:
     """Logits `[B, X, Y, Z, H, slots]`; -inf in slots past a window's end."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     slots = _slots(query, key, window)
@@ -179,7 +177,8 @@ def inverse_av(attn: Tensor, source: Tensor, key_like: Tensor, window: Window, s
     sources = source.flatten(1, -3).transpose(1, 2)
     received = scale * (_dense_weights(attn, key_like, window).transpose(-1, -2) @ sources)  # [B, H, keys, D]
     heads_kv = key_like.shape[-2]
-    received = received.unflatten(1, (heads_kv, attn.shape[-2] // heads_kv)).sum(2)
+    batch, heads, *rest = received.shape
+    received = received.reshape(batch, heads_kv, heads // heads_kv, *rest).sum(2)
     return received.transpose(1, 2).reshape(*key_like.shape[:-1], source.shape[-1])
 
 
