@@ -155,22 +155,25 @@ PEERS: Mapping[str, Callable[[BenchProblem, torch.dtype, torch.device], Contende
 }
 
 
-def _time_contender(make: Callable[[], Contender], pass_: Pass, settings: Settings) -> Timing:
+def time_contender(
+    make: Callable[[], Contender], pass_: Pass, device: torch.device, budget_ms: float = 100.0, graph: bool = False
+) -> Timing:
+    """Times one pass; backward alone, after a forward pass outside the measurement."""
     contender = make()
     inputs = (contender.query, contender.key, contender.value)
     if pass_ == "forward":
         with torch.no_grad():
             call: Callable[[], object] = partial(contender.attention, *inputs)
-            return measure(graphed(call) if settings.graph else call, settings.device, settings.budget_ms)
+            return measure(graphed(call) if graph else call, device, budget_ms)
     for tensor in inputs:
         tensor.requires_grad_()
     out = contender.attention(*inputs)
     grad_out = torch.randn_like(out)
     call = partial(torch.autograd.grad, out, inputs, grad_out, retain_graph=True)
-    return measure(graphed(call) if settings.graph else call, settings.device, settings.budget_ms)
+    return measure(graphed(call) if graph else call, device, budget_ms)
 
 
-def _attempt(action: Callable[..., Timing], *arguments: Any) -> Timing:
+def attempt(action: Callable[..., Timing], *arguments: Any) -> Timing:
     """A measurement; `NotSupported` with the reason where the device or the library refuses."""
     try:
         return action(*arguments)
@@ -213,6 +216,7 @@ def measure_attention(
 ) -> Iterator[Row | Skip]:
     """Every kernel on one problem, pass and type. ``recorded``: whether the recorded times are this device's."""
     torch_dtype = DTYPES[dtype]
+    timed = (settings.device, settings.budget_ms, settings.graph)
     times: dict[str, float] = {}
     target = None
     if recorded and dtype == problem.dtype:
@@ -221,7 +225,7 @@ def measure_attention(
     for name in settings.peers:
         try:
             make = partial(PEERS[name], problem, torch_dtype, settings.device)
-            times[name] = _attempt(_time_contender, make, pass_, settings).ms
+            times[name] = attempt(time_contender, make, pass_, *timed).ms
         except NotSupported as reason:
             yield Skip(problem.name, name, pass_, dtype, str(reason))
     operation = Operation[pass_]
@@ -230,7 +234,7 @@ def measure_attention(
         try:
             chosen = _estimate(problem, kernel, operation, dtype, settings)
             make = partial(natten_contender, problem, kernel, torch_dtype, settings.device)
-            timing = _attempt(_time_contender, make, pass_, settings)
+            timing = attempt(time_contender, make, pass_, *timed)
         except NotSupported as reason:
             yield Skip(problem.name, kernel, pass_, dtype, str(reason))
             continue
@@ -271,7 +275,7 @@ def measure_unfused(problem: BenchProblem, dtype: str, settings: Settings) -> It
             try:
                 chosen = _estimate(problem, name, Operation[operator], dtype, settings)
                 with torch.no_grad():
-                    timing = _attempt(_time_unfused, problem, operator, chosen, dtype, settings)
+                    timing = attempt(_time_unfused, problem, operator, chosen, dtype, settings)
             except NotSupported as reason:
                 yield Skip(problem.name, name, operator, dtype, str(reason))
                 continue

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from natten._problem import Problem, attention_problem
+from natten._settings import current_flags
 from natten.bench.problems import BenchProblem
 
 
 def checked_problem(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The checked problem of a call with these shapes; no memory is taken."""
+    """The checked problem of a call with these shapes, under the current settings; no memory is taken."""
 
     def tensor(heads: int, dim: int) -> Tensor:
         shape = (problem.batch, *problem.shape, heads, dim)
@@ -28,7 +29,7 @@ def checked_problem(problem: BenchProblem, dtype: torch.dtype, device: torch.dev
         problem.dilation,
         problem.causal,
     )
-    return replace(checked, device=device)
+    return replace(checked, device=device, flags=current_flags(torch.empty(0, dtype=dtype, device=device)))
 
 
 @dataclass(frozen=True)
