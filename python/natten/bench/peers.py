@@ -69,7 +69,7 @@ def dense(problem: BenchProblem, dtype: torch.dtype, device: torch.device, *, ba
 _FLEX_TILE = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}
 
 
-def _flex_order(problem: BenchProblem) -> Tensor:
+def flex_order(problem: BenchProblem) -> Tensor:
     """Raster index of each token in FlexAttention's best order: by dilation group, spatial tile, place in the tile."""
     coordinates = torch.meshgrid(*(torch.arange(extent) for extent in problem.shape), indexing="ij")
     order = torch.zeros(problem.shape, dtype=torch.int64)
@@ -92,7 +92,7 @@ def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Con
     """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    order = _flex_order(problem).to(device)
+    order = flex_order(problem).to(device)
     coordinates = torch.unravel_index(order, problem.shape)
     axes = [axis_windows(problem, axis, device) for axis in range(problem.rank)]
     group = [axis.group[c] for axis, c in zip(axes, coordinates, strict=True)]
@@ -108,7 +108,7 @@ def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Con
             inside = inside & (place >= begin[a][query]) & (place < end[a][query])
         return inside
 
-    blocks = create_block_mask(mask, None, None, problem.tokens, problem.tokens, device=device, _compile=True)
+    blocks = torch.compile(create_block_mask)(mask, None, None, problem.tokens, problem.tokens, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
     grouped = problem.key_heads != problem.heads
 
