@@ -67,7 +67,8 @@ void for_each_key(const Problem& problem, const Position& query, const Visit& vi
   for_each(box, [&](const Coordinate& position) {
     Coordinate key;
     for (int a = 0; a < kAxes; ++a)
-      key.axis[a] = query.group[a].kv_first + (position.axis[a] - query.group[a].kv_position) * problem.axis[a].dilation;
+      key.axis[a] =
+          query.group[a].kv_first + (position.axis[a] - query.group[a].kv_position) * problem.axis[a].dilation;
     visit(key, position);
   });
 }
@@ -261,7 +262,8 @@ class Backward {
   void key_gradients(int64_t b, const Coordinate& key, int h_kv) {
     const Position position = key_position(problem_, key);
     gather(b, h_kv, at<E>(arguments_.key, b, key, h_kv), at<E>(arguments_.value, b, key, h_kv),
-           at<E>(arguments_.grad_key, b, key, h_kv), at<E>(arguments_.grad_value, b, key, h_kv), [&](const auto& visit) {
+           at<E>(arguments_.grad_key, b, key, h_kv), at<E>(arguments_.grad_value, b, key, h_kv),
+           [&](const auto& visit) {
              for_each_query(problem_, position, [&](const Coordinate& query, const Coordinate&) { visit(query); });
            });
   }
@@ -350,21 +352,22 @@ void inverse_av_as(const UnfusedArguments& arguments) {
   using T = Compute<E>;
   const Problem& problem = arguments.problem;
   const int group_heads = problem.heads / problem.heads_kv;
-  parallel_tokens(problem.batch, key_lengths(problem), problem.heads_kv, [&](int64_t b, const Coordinate& key, int h_kv) {
-    const Position position = key_position(problem, key);
-    const Coordinate key_position = {{position.position[0], position.position[1], position.position[2]}};
-    std::vector<T> out(problem.head_dim, T(0));
-    for (int h = h_kv * group_heads; h < (h_kv + 1) * group_heads; ++h) {
-      for_each_query(problem, position, [&](const Coordinate& query, const Coordinate& query_position) {
-        Position seen_by = position;
-        for (int a = 0; a < kAxes; ++a) seen_by.position[a] = query_position.axis[a];
-        const E* row = at<E>(arguments.a, b, query, h);
-        add_scaled(out.data(), widen(row[slot(seen_by, key_position, arguments.slots)]),
-                   at<E>(arguments.b, b, query, h), problem.head_dim);
+  parallel_tokens(
+      problem.batch, key_lengths(problem), problem.heads_kv, [&](int64_t b, const Coordinate& key, int h_kv) {
+        const Position position = key_position(problem, key);
+        const Coordinate key_position = {{position.position[0], position.position[1], position.position[2]}};
+        std::vector<T> out(problem.head_dim, T(0));
+        for (int h = h_kv * group_heads; h < (h_kv + 1) * group_heads; ++h) {
+          for_each_query(problem, position, [&](const Coordinate& query, const Coordinate& query_position) {
+            Position seen_by = position;
+            for (int a = 0; a < kAxes; ++a) seen_by.position[a] = query_position.axis[a];
+            const E* row = at<E>(arguments.a, b, query, h);
+            add_scaled(out.data(), widen(row[slot(seen_by, key_position, arguments.slots)]),
+                       at<E>(arguments.b, b, query, h), problem.head_dim);
+          });
+        }
+        store(at<E>(arguments.c, b, key, h_kv), out.data(), static_cast<T>(problem.scale), problem.head_dim);
       });
-    }
-    store(at<E>(arguments.c, b, key, h_kv), out.data(), static_cast<T>(problem.scale), problem.head_dim);
-  });
 }
 
 // One thread sums a head's whole table: batch by batch and query by query, always in the same order.
@@ -383,8 +386,7 @@ void rpb_backward_as(const RpbBackwardArguments& arguments) {
           const Position position = query_position(problem, query);
           const E* row = at<E>(arguments.grad_attention, b, query, h);
           for_each_key(problem, position, [&](const Coordinate&, const Coordinate& key_position) {
-            table[relative_index(position, key_position)] +=
-                widen(row[slot(position, key_position, arguments.slots)]);
+            table[relative_index(position, key_position)] += widen(row[slot(position, key_position, arguments.slots)]);
           });
         });
       }
@@ -397,10 +399,14 @@ void rpb_backward_as(const RpbBackwardArguments& arguments) {
 template <class Run>
 void with_element_type(ScalarType type, const Run& run) {
   switch (type) {
-    case ScalarType::float64: return run(double());
-    case ScalarType::float32: return run(float());
-    case ScalarType::float16: return run(Half());
-    case ScalarType::bfloat16: return run(BFloat16());
+    case ScalarType::float64:
+      return run(double());
+    case ScalarType::float32:
+      return run(float());
+    case ScalarType::float16:
+      return run(Half());
+    case ScalarType::bfloat16:
+      return run(BFloat16());
   }
 }
 
