@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol, cast, overload
 
 import torch
@@ -519,9 +520,9 @@ def _sequence_bounds(
             raise ValueError(f"{name} must be a 1-D tensor of ints; got {given.dtype} of shape {tuple(given.shape)}")
         values = given.tolist()
         ends = values if cumulative is not None else [0, *(sum(values[: i + 1]) for i in range(len(values)))]
-        if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in pairwise(ends)):
             raise ValueError(f"{name} must divide the {tokens} tokens into sequences; got {values}")
-        result.append(list(zip(ends, ends[1:], strict=False)))
+        result.append(list(pairwise(ends)))
     if len(result[0]) != len(result[1]):
         raise ValueError(f"query and key must hold as many sequences; got {len(result[0])} and {len(result[1])}")
     for (a, b), (c, d) in zip(*result, strict=True):
