@@ -161,6 +161,10 @@ class Case:
             tensor.requires_grad_()
         return inputs
 
+    def differentiable_tensors(self) -> tuple[Tensor, ...]:
+        """Query, key, value and the additional ones, in float64."""
+        return tuple(self.tensors().differentiable())
+
     def expected(self, inputs: Inputs) -> list[tuple[str, Tensor, Tensor]]:
         """(name, oracle, magnitude) of out, lse and every gradient, from the inputs' numbers in float64."""
         tensors = [t.detach().double().cpu().requires_grad_() for t in inputs.differentiable()]

@@ -71,7 +71,8 @@ def checked_av(
 
 def rows(tensor: Tensor) -> Tensor:
     """`tensor` with channel stride 1, which gradients from outside need not have."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # Not contiguous(): it returns an empty tensor as it is, whatever its strides.
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def aligned(tensor: Tensor) -> Tensor:
     elements = 16 // tensor.dtype.itemsize
     *strides, channel = tensor.stride()
     if channel != 1:
-        return tensor.contiguous()
+        return rows(tensor)
     for offset in (*strides, tensor.storage_offset()):
         remainder = offset % elements
         if isinstance(remainder, SymInt):
