@@ -18,29 +18,28 @@ struct Softmax {
   T lane_sums[kLanes<T>];  // of the weights
 };
 
-// Turns a query's `count` scores into weights. Returns the factor of what was accumulated before.
+// Turns a query's `count` scores into weights. Returns the factor of what was accumulated before. Without branches:
+// which block raises the maximum cannot be predicted.
 template <class T>
 NATTEN_INLINE T update_softmax(Softmax<T>& softmax, T* scores, int count) {
   constexpr int L = kLanes<T>;
+  const T lowest = -__builtin_inff();
   Vector<T> most = load(scores);
   for (int lane = L; lane < count; lane += L) most = maximum<T>(most, load(scores + lane));
   const T block_largest = horizontal_maximum<T>(most);
-  Vector<T> sums = load(softmax.lane_sums);
-  T factor = 1;
-  if (block_largest > softmax.largest) {
-    factor = exp2(broadcast(softmax.largest - block_largest))[0];
-    sums *= factor;
-    softmax.largest = block_largest;
-  }
+  const T largest = block_largest > softmax.largest ? block_largest : softmax.largest;
   // All masked so far: any finite number makes the weights 0.
-  const T reference = softmax.largest == -__builtin_inff() ? T(0) : softmax.largest;
+  const T reference = largest == lowest ? T(0) : largest;
+  const Vector<T> factor = exp2(broadcast(softmax.largest - reference));
+  Vector<T> sums = load(softmax.lane_sums) * factor;
   for (int lane = 0; lane < count; lane += L) {
     const Vector<T> weight = exp2(load(scores + lane) - reference);
     sums += weight;
     store(scores + lane, weight);
   }
   store(softmax.lane_sums, sums);
-  return factor;
+  softmax.largest = largest;
+  return factor[0];
 }
 
 template <class E>
@@ -54,6 +53,7 @@ static void forward(const Tile& tile) {
   T* out = scratch.take<T>(tokens * padded);
   T* scores = scratch.take<T>(tokens * kBlockLanes<T>);
   T* mask = scratch.take<T>(kMaskElements<T>);
+  T* factors = scratch.take<T>(tokens);
   Softmax<T>* softmax = scratch.take<Softmax<T>>(tokens);
 
   load_stationary<E>(tile.first, rows, columns, tile.first_channels, static_cast<T>(tile.scale * kLog2E), query);
@@ -72,12 +72,10 @@ static void forward(const Tile& tile) {
         if (seen.begin >= seen.end) continue;
         for (int i = r * columns; i < (r + 1) * columns; ++i) {
           T* own = scores + i * kBlockLanes<T> + (seen.begin - block.row_begin) * block.lanes;
-          const T factor = update_softmax(softmax[i], own, (seen.end - seen.begin) * block.lanes);
-          if (factor != 1)
-            for (int c = 0; c < padded; c += L) store(out + i * padded + c, load(out + i * padded + c) * factor);
+          factors[i] = update_softmax(softmax[i], own, (seen.end - seen.begin) * block.lanes);
         }
       }
-      block_combine(block, stream, rows, columns, tile.second_channels, scores, stream.second_rows, out);
+      block_combine(block, stream, rows, columns, tile.second_channels, scores, stream.second_rows, out, factors);
     });
   }
 

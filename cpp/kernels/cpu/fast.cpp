@@ -62,7 +62,6 @@ class Buffer {
     }
     return data_.get();
   }
-  char* data() const { return data_.get(); }
 
  private:
   struct Free {
@@ -271,7 +270,9 @@ class Waves {
     int64_t bytes = 0;
     for (const Operand& operand : operands) bytes += operand.heads * operand.packed->head_bytes();
     most_ = std::min(heads_, std::max<int64_t>(1, kWaveBytes / std::max<int64_t>(1, bytes)));
-    char* data = memory_.grow(std::max<int64_t>(1, most_ * bytes));
+    // Fresh pages cost more than a small problem's arithmetic: each calling thread keeps one wave's memory.
+    static thread_local Buffer kept;
+    char* data = (most_ * bytes <= kWaveBytes ? kept : memory_).grow(std::max<int64_t>(1, most_ * bytes));
     for (const Operand& operand : operands) {
       operand.packed->place(data);
       data += most_ * operand.heads * operand.packed->head_bytes();
@@ -297,7 +298,7 @@ class Waves {
  private:
   int heads_kv_;
   int64_t heads_, most_, first_ = 0;
-  Buffer memory_;
+  Buffer memory_;  // of a head that is larger than a wave
 };
 
 }  // namespace

@@ -37,6 +37,12 @@ NATTEN_INLINE E* token(const TileTokens& tokens, int row, int column) {
   return static_cast<E*>(tokens.data) + row * tokens.row_stride + column * tokens.column_stride;
 }
 
+// Tokens of one head lie far apart in memory, which the hardware does not foresee.
+template <class E>
+NATTEN_INLINE void prefetch_channels(const E* source, int channels) {
+  for (int c = 0; c < channels; c += 64 / static_cast<int>(sizeof(E))) __builtin_prefetch(source + c);
+}
+
 // Channels of one token, padded with zeros to whole vectors.
 template <class E, class T>
 NATTEN_INLINE void load_channels(const E* source, int channels, T* result) {
@@ -54,6 +60,8 @@ template <class E, class T>
 static void load_stationary(const TileTokens& tokens, int rows, int columns, int channels, T factor, T* result) {
   constexpr int L = kLanes<T>;
   const int64_t step = static_cast<int64_t>(rows) * columns * L;
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < columns; ++c) prefetch_channels(token<E>(tokens, r, c), channels);
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < columns; ++c) {
       const E* source = token<E>(tokens, r, c);
@@ -74,11 +82,15 @@ static void pack(const PackedRow& row) {
   const PackedGrid& grid = row.grid;
   const int padded = padded_channels<T>(row.channels), fold = grid.fold;
   T* transposed = static_cast<T*>(row.transposed);
+  const int fold_bits = __builtin_ctz(fold);
   for (int position = 0; position < grid.row_tokens; position += L) {
     T* block = row.row_major ? static_cast<T*>(row.row_major) + static_cast<int64_t>(position) * padded
                              : static_cast<T*>(row.scratch);
+    for (int i = position + L; i < position + 2 * L; ++i)
+      if ((i >> fold_bits) < row.columns && (i & (fold - 1)) < row.rows)
+        prefetch_channels(token<E>(row.tokens, i & (fold - 1), i >> fold_bits), row.channels);
     for (int i = 0; i < L; ++i) {
-      const int column = (position + i) / fold, r = (position + i) % fold;
+      const int column = (position + i) >> fold_bits, r = (position + i) & (fold - 1);
       if (column < row.columns && r < row.rows)
         load_channels(token<E>(row.tokens, r, column), row.channels, block + i * padded);
       else

@@ -63,7 +63,8 @@ static void scores(const Scores<T>& a) {
     for (int n = 0; n < N; ++n) store(out + i * kBlockLanes<T> + n * L, sum[i][n]);
 }
 
-// out[i, channel] += sum over rows r and t < count of weights[i, r, t] * values[r, t, channel]
+// out[i, channel] = factors[i] * out[i, channel] + sum over rows r and t < count of weights[i, r, t] * values[r, t,
+// channel]
 template <class T>
 struct Combination {
   const T* weights;  // [M, kBlockLanes]
@@ -73,6 +74,7 @@ struct Combination {
   int64_t values_row_step, values_pitch;
   T* out;
   int64_t out_pitch;
+  const T* factors;  // null: 1
 };
 
 template <class T, int M, int N>
@@ -84,12 +86,14 @@ static void combine(const Combination<T>& a) {
   T* out = a.out;
   const int64_t out_pitch = a.out_pitch;
 #pragma GCC unroll 32
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < M; ++i) {
+    const T factor = a.factors ? a.factors[i] : T(1);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      sum[0][i][n] = load(out + i * out_pitch + n * L);
+      sum[0][i][n] = load(out + i * out_pitch + n * L) * factor;
       if constexpr (kParts == 2) sum[1][i][n] = Vector<T>{};
     }
+  }
   for (int r = 0; r < a.rows; ++r) {
     const T* weights = a.weights + r * a.weights_row_step;
     const T* values = a.values + r * a.values_row_step;
@@ -181,6 +185,7 @@ NATTEN_INLINE void multiply_combine(const Combination<T>& a, int tokens, int vec
       part.weights += i * kBlockLanes<T>;
       part.values += v * kLanes<T>;
       part.out += i * a.out_pitch + v * kLanes<T>;
+      if (part.factors) part.factors += i;
       kProducts<T>.combine[n - 1][m - 1](part);
       i += m;
     }

@@ -130,10 +130,11 @@ NATTEN_INLINE void block_scores(const Block<T>& block, const Stream& stream, int
   }
 }
 
-// out[token, channel] += weights * row-major stream, over the block.
+// out[token, channel] = factors[token] * out[token, channel] + weights * row-major stream, over the block; `factors`
+// null: 1. Tokens that see nothing of the block are left alone.
 template <class T>
 NATTEN_INLINE void block_combine(const Block<T>& block, const Stream& stream, int rows, int columns, int channels,
-                                 const T* weights, const void* row_major, T* out) {
+                                 const T* weights, const void* row_major, T* out, const T* factors = nullptr) {
   const PackedGrid& grid = stream.grid;
   const int padded = padded_channels<T>(channels);
   for (int r = 0; r < rows; ++r) {
@@ -151,6 +152,7 @@ NATTEN_INLINE void block_combine(const Block<T>& block, const Stream& stream, in
                      static_cast<int64_t>(block.column_begin) * grid.fold * padded;
     product.out = out + static_cast<int64_t>(r) * columns * padded;
     product.out_pitch = padded;
+    product.factors = factors ? factors + r * columns : nullptr;
     multiply_combine(product, columns, padded / kLanes<T>);
   }
 }
