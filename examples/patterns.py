@@ -87,16 +87,26 @@ def sliding_tile() -> Result:
     return ours, usual.reshape(ours.shape)
 
 
+def neighborhood(extent: int, kernel_size: int) -> Tensor:
+    """Plain windows of one axis: bool [extent, extent]."""
+    position = torch.arange(extent)
+    start = (position - kernel_size // 2).clamp(0, extent - kernel_size)
+    return (position >= start[:, None]) & (position < start[:, None] + kernel_size)
+
+
 def dilated() -> Result:
     """Dilated neighborhood attention: plain windows on every d-th token, in d x d grids that do not meet."""
-    d = 3
+    d, k = 3, 5
     query, key, value = random_qkv(2, 20, 25, 4, 32)  # lengths need not be multiples of the dilation
-    ours = natten.na2d(query, key, value, kernel_size=5, dilation=d)
+    ours = natten.na2d(query, key, value, kernel_size=k, dilation=d)
     usual = torch.empty_like(ours)
     for i in range(d):
         for j in range(d):
             grid = (slice(None), slice(i, None, d), slice(j, None, d))
-            usual[grid] = natten.na2d(query[grid], key[grid], value[grid], kernel_size=5)
+            _, rows, columns, _, _ = query[grid].shape
+            mask = torch.kron(neighborhood(rows, k), neighborhood(columns, k))
+            out = dense(query[grid].flatten(1, 2), key[grid].flatten(1, 2), value[grid].flatten(1, 2), mask)
+            usual[grid] = out.unflatten(1, (rows, columns))
     return ours, usual
 
 
@@ -132,9 +142,7 @@ def video_causal_in_time() -> Result:
     age = time[:, None] - time[None, :]
     mask = (age >= 0) & (age < kernel_size[0])
     for extent, k in zip(grid[1:], kernel_size[1:], strict=True):
-        position = torch.arange(extent)
-        start = (position - k // 2).clamp(0, extent - k)
-        mask = torch.kron(mask, (position >= start[:, None]) & (position < start[:, None] + k))
+        mask = torch.kron(mask, neighborhood(extent, k))
     usual = dense(query.flatten(1, 3), key.flatten(1, 3), value.flatten(1, 3), mask)
     return ours, usual.reshape(ours.shape)
 

@@ -10,6 +10,7 @@ drawn from a formula: the values are the identity matrix, so that the operator's
 from __future__ import annotations
 
 import argparse
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,10 @@ def draw_window(axes: Axes, image: np.ndarray, inside: np.ndarray, flavour: Flav
     mask = np.kron(inside, np.ones((PATCH, PATCH)))[..., None]
     axes.imshow(np.where(mask, image, faded(image)))
     if flavour.stride > 1:
-        first = [q // flavour.stride * flavour.stride for q in QUERY]
-        outline(axes, *first, flavour.stride, flavour.stride, edgecolor="white", linewidth=1.4, linestyle=(0, (2, 1.4)))
+        row, column = (q // flavour.stride * flavour.stride for q in QUERY)
+        outline(
+            axes, row, column, flavour.stride, flavour.stride, edgecolor="white", linewidth=1.4, linestyle=(0, (2, 1.4))
+        )
 
 
 def draw_attention(axes: Axes, image: np.ndarray, weights: np.ndarray) -> None:
@@ -149,9 +152,10 @@ def draw(path: Path) -> None:
     grid[1, 0].set_ylabel("attention it pays", fontsize=13, color=INK, labelpad=10)
     figure.subplots_adjust(left=0.035, right=0.995, top=0.945, bottom=0.095, wspace=0.035, hspace=0.035)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.canvas.draw()
-    pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    rendered = io.BytesIO()
+    figure.savefig(rendered, format="png")
     plt.close(figure)
+    pixels = Image.open(rendered).convert("RGB")
     # A palette of 256 colours keeps the file small and is not visible here.
     pixels.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE).save(
         path, optimize=True

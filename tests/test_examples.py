@@ -1,0 +1,128 @@
+"""The examples run and do what they say, and so does the code in the documentation."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch, *needs: str) -> ModuleType:
+    """An example or a tool as a module; the test is skipped where a package that it needs is missing."""
+    for package in needs:
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Training steps this small gain nothing from threads, and lose where tests run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_pattern_equals_its_plain_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patterns = load("patterns", monkeypatch, "rich")
+    patterns.main()
+    assert capsys.readouterr().out.count(" ok ") == len(patterns.PATTERNS) >= 8
+
+
+def test_a_wrong_pattern_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    patterns = load("patterns", monkeypatch, "rich")
+
+    def wrong() -> tuple[torch.Tensor, torch.Tensor]:
+        ours, usual = patterns.swin()
+        ours[0, 3, 5] += 1e-2
+        return ours, usual
+
+    monkeypatch.setattr(
+        patterns, "PATTERNS", {"wrong": wrong, "not a number": lambda: (torch.tensor([torch.nan]),) * 2}
+    )
+    with pytest.raises(SystemExit, match="wrong, not a number"):
+        patterns.main()
+
+
+def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = load("pieces", monkeypatch, "rich")
+    pieces.main()
+    assert capsys.readouterr().out.count(" ok ") == len(pieces.EXAMPLES) == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_digits_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load("digits", monkeypatch, "sklearn", "skimage", "matplotlib", "tqdm", "rich")
+    torch.manual_seed(0)
+    train_images, test_images, train_labels, test_labels = digits.load_split(seed=0)
+    assert len(train_images) + len(test_images) == 1797
+    assert train_images.max() == 1
+    model = digits.DigitClassifier()
+    digits.train(model, train_images, train_labels, epochs=3)
+    assert digits.accuracy(model, test_images, test_labels) > 0.5  # guessing gives 0.1
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_digits_fails_below_its_requirement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = load("digits", monkeypatch, "sklearn", "skimage", "matplotlib", "tqdm", "rich")
+    full = digits.load_split
+    monkeypatch.setattr(digits, "load_split", lambda seed: tuple(x[:64] for x in full(seed)))
+    picture = tmp_path / "windows.png"
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", "1", "--picture", str(picture)])
+    with pytest.raises(SystemExit, match="below 97%"):
+        digits.main()
+    assert 10_000 < picture.stat().st_size < 400_000
+    out = capsys.readouterr().out
+    for layer in range(4):
+        assert f"blocks.{layer}.attention" in out
+    assert "forward: cpu" in out
+    assert "backward: cpu" in out
+
+
+def test_windows_of_the_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = load("windows", monkeypatch, "skimage", "matplotlib")
+    tokens = windows.descriptors(windows.photograph())
+    for flavour in windows.FLAVOURS:
+        weights = windows.attention_of_query(tokens, flavour)
+        assert weights.sum() == pytest.approx(1, abs=1e-5)
+        assert weights[windows.QUERY] == weights.max()
+        assert (weights > 0).sum() == 225
+
+
+def test_drawn_windows_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_windows = load("draw_windows", monkeypatch, "matplotlib")
+    drawn = draw_windows.attended((16,), kernel_size=6, stride=3)
+    starts = [0, 0, 0, 1, 1, 1, 4, 4, 4, 7, 7, 7, 10, 10, 10, 10]
+    expected = [[start <= key < start + 6 for key in range(16)] for start in starts]
+    assert drawn.tolist() == expected
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/switching.md", "docs/dispatch.md"]
+)
+def test_code_in_the_documentation_runs(page: str) -> None:
+    blocks = python_blocks(page)
+    assert blocks
+    namespace: dict[str, object] = {"torch": torch}
+    exec("import natten\nquery, key, value = torch.randn(3, 1, 24, 24, 2, 16)", namespace)
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
