@@ -1,4 +1,4 @@
-// What every CUDA kernel family needs to launch: error checks and the limits of a device.
+// What every CUDA kernel family needs to launch: error checks, and what decides whether and how to launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "kernels/arguments.h"
 
 namespace natten {
 
@@ -28,6 +30,23 @@ void allow_shared_memory(Kernel* kernel, int bytes, const char* name) {
   if (bytes > 48 * 1024) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
   }
+}
+
+// Whether every row of the tensor is made of aligned 16-byte words. Absent tensors are.
+inline bool has_aligned_rows(const TensorView& view, int channels, int element_bytes) {
+  if (view.data == nullptr) return true;
+  const int64_t elements = view.batch_stride | view.axis_stride[0] | view.axis_stride[1] | view.axis_stride[2] |
+                           view.head_stride | channels;
+  return elements * element_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
+inline bool no_queries(const Problem& problem) {
+  return problem.batch == 0 || problem.axis[0].q_length == 0 || problem.axis[1].q_length == 0 ||
+         problem.axis[2].q_length == 0;
+}
+inline bool no_keys(const Problem& problem) {
+  return problem.batch == 0 || problem.axis[0].kv_length == 0 || problem.axis[1].kv_length == 0 ||
+         problem.axis[2].kv_length == 0;
 }
 
 }  // namespace natten

@@ -52,12 +52,13 @@ struct TokenTile {
 };
 
 #if defined(__CUDACC__)
-// The tile of this thread block, written to shared memory by three threads; the caller synchronises. Neighbouring
+// The tile of thread block `block`, written to shared memory by three threads; the caller synchronises. Neighbouring
 // blocks take neighbouring tiles, so that they share keys in L2.
-__device__ inline void locate_tile(TokenTile& tile, const Problem& problem, const TileGrid& grid, Side side) {
+__device__ inline void locate_tile(TokenTile& tile, const Problem& problem, const TileGrid& grid, Side side,
+                                   unsigned block) {
   if (threadIdx.x >= kAxes) return;
   const int own = threadIdx.x;
-  unsigned rest = blockIdx.x;
+  unsigned rest = block;
   int index = 0, group = 0;
   for (int a = kAxes - 1; a >= 0; --a) {
     if (a == own) index = rest % grid.tiles[a];

@@ -31,32 +31,30 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int head_kv = tile.head / (problem.heads / problem.heads_kv);
   const A factor = A(problem.scale) * kLog2e<A>;
 
-  const auto query = make_matrix<const T>(args.query, tile.batch, tile.head, problem.head_dim);
-  const auto grad_out = make_matrix<const T>(args.grad_out, tile.batch, tile.head, problem.head_dim_v);
-  const auto out = make_matrix<const T>(args.out, tile.batch, tile.head, problem.head_dim_v);
-  const auto grad_query = make_matrix<T>(args.grad_query, tile.batch, tile.head, problem.head_dim);
-  const int64_t query_offset = token.offset(args.query), grad_out_offset = token.offset(args.grad_out);
-  const auto resident_query = load_slice<kLanes, kGeneric>(query, query_offset, 0, lane);
-  const auto resident_grad_out = load_slice<kLanes, kGeneric>(grad_out, grad_out_offset, 0, lane);
+  const int d = problem.head_dim, dv = problem.head_dim_v;
+  const T* query = head_rows<const T>(args.query, tile.batch, tile.head) + token.offset(args.query);
+  const T* grad_out = head_rows<const T>(args.grad_out, tile.batch, tile.head) + token.offset(args.grad_out);
+  const T* out = head_rows<const T>(args.out, tile.batch, tile.head) + token.offset(args.out);
+  const Resident<A> resident_query(load_slice<kLanes, kGeneric>(query, d, 0, lane));
+  const Resident<A> resident_grad_out(load_slice<kLanes, kGeneric>(grad_out, dv, 0, lane));
 
-  A delta[1] = {0};
-  for (int first = 0; first < (kGeneric ? problem.head_dim_v : 1); first += kStepChannels<kLanes>) {
-    delta[0] += dot(load_slice<kLanes, kGeneric>(grad_out, grad_out_offset, first, lane),
-                    load_slice<kLanes, kGeneric>(out, token.offset(args.out), first, lane));
+  A delta[1] = {dot(resident_grad_out, load_slice<kLanes, kGeneric>(out, dv, 0, lane))};
+  for (int first = kStepChannels<kLanes>; kGeneric && first < dv; first += kStepChannels<kLanes>) {
+    delta[0] += dot(Resident<A>(load_slice<kLanes, kGeneric>(grad_out, dv, first, lane)),
+                    load_slice<kLanes, kGeneric>(out, dv, first, lane));
   }
   delta[0] = sum_over_lanes<kLanes>(delta, lane);
   if (args.grad_logsumexp.data != nullptr) {
-    const auto grad_logsumexp = make_matrix<const A>(args.grad_logsumexp, tile.batch, tile.head, 1);
-    delta[0] -= grad_logsumexp.data[token.offset(args.grad_logsumexp)];
+    delta[0] -= head_rows<const A>(args.grad_logsumexp, tile.batch, tile.head)[token.offset(args.grad_logsumexp)];
   }
   if (token.valid && lane == 0) {
     static_cast<A*>(args.workspace)[delta_index(problem, tile.batch, tile.head, token.axis[0].token,
                                                 token.axis[1].token, token.axis[2].token)] = delta[0];
   }
-  const auto logsumexp = make_matrix<const A>(args.logsumexp, tile.batch, tile.head, 1);
-  const A normaliser = logsumexp.data[token.offset(args.logsumexp)] * kLog2e<A>;
+  const A normaliser =
+      head_rows<const A>(args.logsumexp, tile.batch, tile.head)[token.offset(args.logsumexp)] * kLog2e<A>;
 
-  for (int first = 0; first < (kGeneric ? problem.head_dim : 1); first += kStepChannels<kLanes>) {
+  for (int first = 0; first < (kGeneric ? d : 1); first += kStepChannels<kLanes>) {
     A accumulated[kSliceChannels] = {};
     const int rows = token.longest[0] * token.longest[1];
     int x = 0, y = 0;
@@ -64,50 +62,51 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
       const bool in_window = row < rows;
       const TensorView& key_view = in_window ? args.key : args.additional_keys;
       const TensorView& value_view = in_window ? args.value : args.additional_values;
-      const auto key = make_matrix<const T>(key_view, tile.batch, head_kv, problem.head_dim);
-      const auto value = make_matrix<const T>(value_view, tile.batch, head_kv, problem.head_dim_v);
-      int64_t key_row = 0, value_row = 0;
+      const T* key = head_rows<const T>(key_view, tile.batch, head_kv);
+      const T* value = head_rows<const T>(value_view, tile.batch, head_kv);
       int64_t key_step = key_view.axis_stride[2], value_step = value_view.axis_stride[2];
       int keys = int(problem.additional), longest = keys;
       if (in_window) {
-        const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-        key_row = token.row_offset(problem, args.key, inside ? x : 0, inside ? y : 0);
-        value_row = token.row_offset(problem, args.value, inside ? x : 0, inside ? y : 0);
+        key += token.row_offset(problem, args.key, x, y);
+        value += token.row_offset(problem, args.value, x, y);
         key_step *= problem.axis[2].dilation;
         value_step *= problem.axis[2].dilation;
-        keys = inside ? token.axis[2].size : 0;
+        keys = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
         longest = token.longest[2];
         if (++y == token.longest[1]) y = 0, ++x;
       }
 
       for (int z = 0; z < longest; z += kCount) {
         Slice<T> key_slice[kCount], value_slice[kCount];
-        int64_t key_offset[kCount], value_offset[kCount];
+        const T *key_row[kCount], *value_row[kCount];
+        bool valid[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
-          const int index = max_int(min_int(z + c, keys - 1), 0);
-          key_offset[c] = key_row + index * key_step;
-          value_offset[c] = value_row + index * value_step;
-          key_slice[c] = load_slice<kLanes, kGeneric>(key, key_offset[c], 0, lane);
-          value_slice[c] = load_slice<kLanes, kGeneric>(value, value_offset[c], 0, lane);
+          valid[c] = z + c < keys;
+          key_row[c] = key;
+          value_row[c] = value;
+          key_slice[c] = load_slice<kLanes, kGeneric>(key, d, 0, lane, valid[c]);
+          value_slice[c] = load_slice<kLanes, kGeneric>(value, dv, 0, lane, valid[c]);
+          key += key_step;
+          value += value_step;
         }
-        const A logit =
-            dot_rows<kLanes, kGeneric>(resident_query, query, query_offset, key_slice, key, key_offset, lane);
-        const A grad_weight = dot_rows<kLanes, kGeneric>(resident_grad_out, grad_out, grad_out_offset, value_slice,
-                                                         value, value_offset, lane);
+        const A logit = dot_rows<kLanes, kGeneric>(resident_query, query, key_slice, key_row, valid, d, lane);
+        const A grad_weight =
+            dot_rows<kLanes, kGeneric>(resident_grad_out, grad_out, value_slice, value_row, valid, dv, lane);
         const A grad_logit = z + lane % kCount < keys
                                  ? exp_base2(factor * logit - normaliser) * (grad_weight - delta[0])
                                  : A(0);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
-          if constexpr (kGeneric) key_slice[c] = load_slice<kLanes, kGeneric>(key, key_offset[c], first, lane);
+          if constexpr (kGeneric) key_slice[c] = load_slice<kLanes, kGeneric>(key_row[c], d, first, lane, valid[c]);
           add_scaled<T>(accumulated, __shfl_sync(kWarp, grad_logit, c, kLanes), key_slice[c]);
         }
       }
     }
     if (token.valid) {
-      store_slice<kLanes, kGeneric>(grad_query, token.offset(args.grad_query), first, lane, accumulated,
-                                    A(problem.scale));
+      store_slice<kLanes, kGeneric>(
+          head_rows<T>(args.grad_query, tile.batch, tile.head) + token.offset(args.grad_query), d, first, lane,
+          accumulated, A(problem.scale));
     }
   }
 }
@@ -118,33 +117,40 @@ struct KeyGradients {
   using A = Accumulate<T>;
   static constexpr int kCount = kKeys<T>;
 
-  Matrix<const T> key, value;
-  int64_t key_offset, value_offset;
-  Slice<T> resident_key, resident_value;
+  const T *key, *value;
+  int d, dv;
+  Resident<A> resident_key, resident_value;
   A factor;
   A grad_key[kSliceChannels], grad_value[kSliceChannels];
 
-  // `known` says whether this lane's query (lane modulo kCount) exists and sees the key; `normaliser` and `delta` are
-  // that query's.
-  __device__ __forceinline__ void add(const Matrix<const T>& query, const int64_t (&query_offset)[kCount],
-                                      const Matrix<const T>& grad_out, const int64_t (&grad_out_offset)[kCount],
-                                      bool known, A normaliser, A delta, int first, int lane) {
+  __device__ __forceinline__ KeyGradients(const Problem& problem, const T* key_row, const T* value_row, int lane)
+      : key(key_row),
+        value(value_row),
+        d(problem.head_dim),
+        dv(problem.head_dim_v),
+        resident_key(load_slice<kLanes, kGeneric>(key_row, d, 0, lane)),
+        resident_value(load_slice<kLanes, kGeneric>(value_row, dv, 0, lane)),
+        factor(A(problem.scale) * kLog2e<A>) {}
+
+  // Lane l knows whether query l % kCount exists and sees the key, and that query's `normaliser` and `delta`.
+  __device__ __forceinline__ void add(const T* const (&query)[kCount], const T* const (&grad_out)[kCount],
+                                      const bool (&valid)[kCount], bool own_valid, A normaliser, A delta, int first,
+                                      int lane) {
     Slice<T> query_slice[kCount], grad_out_slice[kCount];
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
-      query_slice[c] = load_slice<kLanes, kGeneric>(query, query_offset[c], 0, lane);
-      grad_out_slice[c] = load_slice<kLanes, kGeneric>(grad_out, grad_out_offset[c], 0, lane);
+      query_slice[c] = load_slice<kLanes, kGeneric>(query[c], d, 0, lane, valid[c]);
+      grad_out_slice[c] = load_slice<kLanes, kGeneric>(grad_out[c], dv, 0, lane, valid[c]);
     }
-    const A logit = dot_rows<kLanes, kGeneric>(resident_key, key, key_offset, query_slice, query, query_offset, lane);
-    const A grad_weight = dot_rows<kLanes, kGeneric>(resident_value, value, value_offset, grad_out_slice, grad_out,
-                                                     grad_out_offset, lane);
-    const A weight = known ? exp_base2(factor * logit - normaliser) : A(0);
-    const A grad_logit = known ? weight * (grad_weight - delta) : A(0);
+    const A logit = dot_rows<kLanes, kGeneric>(resident_key, key, query_slice, query, valid, d, lane);
+    const A grad_weight = dot_rows<kLanes, kGeneric>(resident_value, value, grad_out_slice, grad_out, valid, dv, lane);
+    const A weight = own_valid ? exp_base2(factor * logit - normaliser) : A(0);
+    const A grad_logit = own_valid ? weight * (grad_weight - delta) : A(0);
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
       if constexpr (kGeneric) {
-        query_slice[c] = load_slice<kLanes, kGeneric>(query, query_offset[c], first, lane);
-        grad_out_slice[c] = load_slice<kLanes, kGeneric>(grad_out, grad_out_offset[c], first, lane);
+        query_slice[c] = load_slice<kLanes, kGeneric>(query[c], d, first, lane, valid[c]);
+        grad_out_slice[c] = load_slice<kLanes, kGeneric>(grad_out[c], dv, first, lane, valid[c]);
       }
       add_scaled<T>(grad_key, __shfl_sync(kWarp, grad_logit, c, kLanes), query_slice[c]);
       add_scaled<T>(grad_value, __shfl_sync(kWarp, weight, c, kLanes), grad_out_slice[c]);
@@ -171,16 +177,9 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int lane = token.lane;
   const int group_heads = problem.heads / problem.heads_kv;
 
-  KeyGradients<T, kLanes, kGeneric> gradients;
-  gradients.key = make_matrix<const T>(args.key, tile.batch, tile.head, problem.head_dim);
-  gradients.value = make_matrix<const T>(args.value, tile.batch, tile.head, problem.head_dim_v);
-  gradients.key_offset = token.offset(args.key);
-  gradients.value_offset = token.offset(args.value);
-  gradients.resident_key = load_slice<kLanes, kGeneric>(gradients.key, gradients.key_offset, 0, lane);
-  gradients.resident_value = load_slice<kLanes, kGeneric>(gradients.value, gradients.value_offset, 0, lane);
-  gradients.factor = A(problem.scale) * kLog2e<A>;
-  const auto grad_key = make_matrix<T>(args.grad_key, tile.batch, tile.head, problem.head_dim);
-  const auto grad_value = make_matrix<T>(args.grad_value, tile.batch, tile.head, problem.head_dim_v);
+  KeyGradients<T, kLanes, kGeneric> gradients(
+      problem, head_rows<const T>(args.key, tile.batch, tile.head) + token.offset(args.key),
+      head_rows<const T>(args.value, tile.batch, tile.head) + token.offset(args.value), lane);
   const int64_t query_step = args.query.axis_stride[2] * problem.axis[2].dilation;
   const int64_t grad_out_step = args.grad_out.axis_stride[2] * problem.axis[2].dilation;
   const int64_t logsumexp_step = args.logsumexp.axis_stride[2] * problem.axis[2].dilation;
@@ -190,43 +189,46 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   for (int first = 0; first < channels; first += kStepChannels<kLanes>) {
     gradients.clear();
     for (int head = tile.head * group_heads; head < (tile.head + 1) * group_heads; ++head) {
-      const auto query = make_matrix<const T>(args.query, tile.batch, head, problem.head_dim);
-      const auto grad_out = make_matrix<const T>(args.grad_out, tile.batch, head, problem.head_dim_v);
-      const auto logsumexp = make_matrix<const A>(args.logsumexp, tile.batch, head, 1);
       for (int x = 0; x < token.longest[0]; ++x) {
         for (int y = 0; y < token.longest[1]; ++y) {
-          const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-          const int queries = inside ? token.axis[2].size : 0;
-          const int row_x = inside ? x : 0, row_y = inside ? y : 0;
-          const int64_t query_row = token.row_offset(problem, args.query, row_x, row_y);
-          const int64_t grad_out_row = token.row_offset(problem, args.grad_out, row_x, row_y);
-          const A* normalisers = logsumexp.data + token.row_offset(problem, args.logsumexp, row_x, row_y);
+          const int queries = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
+          const T* query_row =
+              head_rows<const T>(args.query, tile.batch, head) + token.row_offset(problem, args.query, x, y);
+          const T* grad_out_row =
+              head_rows<const T>(args.grad_out, tile.batch, head) + token.row_offset(problem, args.grad_out, x, y);
+          const A* normalisers =
+              head_rows<const A>(args.logsumexp, tile.batch, head) + token.row_offset(problem, args.logsumexp, x, y);
           const A* deltas = static_cast<const A*>(args.workspace) +
                             delta_index(problem, tile.batch, head,
-                                        token.axis[0].begin_token + row_x * problem.axis[0].dilation,
-                                        token.axis[1].begin_token + row_y * problem.axis[1].dilation,
+                                        token.axis[0].begin_token + x * problem.axis[0].dilation,
+                                        token.axis[1].begin_token + y * problem.axis[1].dilation,
                                         token.axis[2].begin_token);
           for (int z = 0; z < token.longest[2]; z += kCount) {
-            int64_t query_offset[kCount], grad_out_offset[kCount];
+            const T *query[kCount], *grad_out[kCount];
+            bool valid[kCount];
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
-              const int index = max_int(min_int(z + c, queries - 1), 0);
-              query_offset[c] = query_row + index * query_step;
-              grad_out_offset[c] = grad_out_row + index * grad_out_step;
+              valid[c] = z + c < queries;
+              query[c] = query_row;
+              grad_out[c] = grad_out_row;
+              query_row += query_step;
+              grad_out_row += grad_out_step;
             }
             const int own = z + lane % kCount;
-            const bool known = own < queries;
-            const A normaliser = known ? normalisers[own * logsumexp_step] * kLog2e<A> : A(0);
-            const A delta = known ? deltas[own * delta_step] : A(0);
-            gradients.add(query, query_offset, grad_out, grad_out_offset, known, normaliser, delta, first, lane);
+            const bool own_valid = own < queries;
+            const A normaliser = own_valid ? normalisers[own * logsumexp_step] * kLog2e<A> : A(0);
+            const A delta = own_valid ? deltas[own * delta_step] : A(0);
+            gradients.add(query, grad_out, valid, own_valid, normaliser, delta, first, lane);
           }
         }
       }
     }
     if (token.valid) {
-      store_slice<kLanes, kGeneric>(grad_key, token.offset(args.grad_key), first, lane, gradients.grad_key,
-                                    A(problem.scale));
-      store_slice<kLanes, kGeneric>(grad_value, token.offset(args.grad_value), first, lane, gradients.grad_value, A(1));
+      store_slice<kLanes, kGeneric>(head_rows<T>(args.grad_key, tile.batch, tile.head) + token.offset(args.grad_key),
+                                    problem.head_dim, first, lane, gradients.grad_key, A(problem.scale));
+      store_slice<kLanes, kGeneric>(
+          head_rows<T>(args.grad_value, tile.batch, tile.head) + token.offset(args.grad_value), problem.head_dim_v,
+          first, lane, gradients.grad_value, A(1));
     }
   }
 }
@@ -248,16 +250,10 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_addi
   const int team = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int group_heads = problem.heads / problem.heads_kv;
 
-  KeyGradients<T, kLanes, kGeneric> gradients;
-  gradients.key = make_matrix<const T>(args.additional_keys, batch, head_kv, problem.head_dim);
-  gradients.value = make_matrix<const T>(args.additional_values, batch, head_kv, problem.head_dim_v);
-  gradients.key_offset = index * args.additional_keys.axis_stride[2];
-  gradients.value_offset = index * args.additional_values.axis_stride[2];
-  gradients.resident_key = load_slice<kLanes, kGeneric>(gradients.key, gradients.key_offset, 0, lane);
-  gradients.resident_value = load_slice<kLanes, kGeneric>(gradients.value, gradients.value_offset, 0, lane);
-  gradients.factor = A(problem.scale) * kLog2e<A>;
-  const auto grad_key = make_matrix<T>(args.grad_additional_keys, batch, head_kv, problem.head_dim);
-  const auto grad_value = make_matrix<T>(args.grad_additional_values, batch, head_kv, problem.head_dim_v);
+  KeyGradients<T, kLanes, kGeneric> gradients(
+      problem,
+      head_rows<const T>(args.additional_keys, batch, head_kv) + index * args.additional_keys.axis_stride[2],
+      head_rows<const T>(args.additional_values, batch, head_kv) + index * args.additional_values.axis_stride[2], lane);
 
   const int length_y = problem.axis[1].q_length, length_z = problem.axis[2].q_length;
   const int64_t tokens = int64_t(problem.axis[0].q_length) * length_y * length_z;
@@ -265,14 +261,14 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_addi
   for (int first = 0; first < channels; first += kStepChannels<kLanes>) {
     gradients.clear();
     for (int head = head_kv * group_heads; head < (head_kv + 1) * group_heads; ++head) {
-      const auto query = make_matrix<const T>(args.query, batch, head, problem.head_dim);
-      const auto grad_out = make_matrix<const T>(args.grad_out, batch, head, problem.head_dim_v);
-      const auto logsumexp = make_matrix<const A>(args.logsumexp, batch, head, 1);
+      const T* query_head = head_rows<const T>(args.query, batch, head);
+      const T* grad_out_head = head_rows<const T>(args.grad_out, batch, head);
+      const A* logsumexp = head_rows<const A>(args.logsumexp, batch, head);
       // The loop's bounds are the same for all teams, so that shuffles meet.
       for (int64_t begin = 0; begin < tokens; begin += kTeams * kCount) {
         const int64_t own = begin + team * kCount + lane % kCount;
-        const bool known = own < tokens;
-        int64_t n = known ? own : 0;
+        const bool own_valid = own < tokens;
+        int64_t n = own_valid ? own : 0;
         const int z = n % length_z;
         n /= length_z;
         const int y = n % length_y;
@@ -280,15 +276,17 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_addi
         const auto own_offset = [&](const TensorView& view) {
           return x * view.axis_stride[0] + y * view.axis_stride[1] + z * view.axis_stride[2];
         };
-        const A normaliser = logsumexp.data[own_offset(args.logsumexp)] * kLog2e<A>;
+        const A normaliser = logsumexp[own_offset(args.logsumexp)] * kLog2e<A>;
         const A delta = static_cast<const A*>(args.workspace)[delta_index(problem, batch, head, x, y, z)];
-        int64_t query_offset[kCount], grad_out_offset[kCount];
+        const T *query[kCount], *grad_out[kCount];
+        bool valid[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
-          query_offset[c] = __shfl_sync(kWarp, own_offset(args.query), c, kLanes);
-          grad_out_offset[c] = __shfl_sync(kWarp, own_offset(args.grad_out), c, kLanes);
+          valid[c] = begin + team * kCount + c < tokens;
+          query[c] = query_head + __shfl_sync(kWarp, own_offset(args.query), c, kLanes);
+          grad_out[c] = grad_out_head + __shfl_sync(kWarp, own_offset(args.grad_out), c, kLanes);
         }
-        gradients.add(query, query_offset, grad_out, grad_out_offset, known, normaliser, delta, first, lane);
+        gradients.add(query, grad_out, valid, own_valid, normaliser, delta, first, lane);
       }
     }
     for (const bool of_key : {true, false}) {
@@ -299,13 +297,13 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_addi
             of_key ? gradients.grad_key[i] * A(problem.scale) : gradients.grad_value[i];
       }
       __syncthreads();
-      const Matrix<T>& result = of_key ? grad_key : grad_value;
-      const int64_t row =
-          index * (of_key ? args.grad_additional_keys.axis_stride[2] : args.grad_additional_values.axis_stride[2]);
-      for (int c = threadIdx.x; c < kStepChannels<kLanes> && first + c < result.channels; c += kThreads) {
+      const TensorView& view = of_key ? args.grad_additional_keys : args.grad_additional_values;
+      T* row = head_rows<T>(view, batch, head_kv) + index * view.axis_stride[2];
+      const int row_channels = of_key ? problem.head_dim : problem.head_dim_v;
+      for (int c = threadIdx.x; c < kStepChannels<kLanes> && first + c < row_channels; c += kThreads) {
         A sum = 0;
         for (int t = 0; t < kTeams; ++t) sum += partial[t][c];
-        result.data[row + first + c] = narrow<T>(sum);
+        row[first + c] = narrow<T>(sum);
       }
     }
   }

@@ -20,13 +20,12 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int head_kv = tile.head / (problem.heads / problem.heads_kv);
   const A factor = A(problem.scale) * kLog2e<A>;
 
-  const auto query = make_matrix<const T>(args.query, tile.batch, tile.head, problem.head_dim);
-  const int64_t query_offset = token.offset(args.query);
-  const auto resident = load_slice<kLanes, kGeneric>(query, query_offset, 0, lane);
-  const auto out = make_matrix<T>(args.out, tile.batch, tile.head, problem.head_dim_v);
+  const int d = problem.head_dim, dv = problem.head_dim_v;
+  const T* query = head_rows<const T>(args.query, tile.batch, tile.head) + token.offset(args.query);
+  const Resident<A> resident(load_slice<kLanes, kGeneric>(query, d, 0, lane));
 
   // A generic kernel holds part of the output's channels and repeats the pass for every part.
-  for (int first = 0; first < (kGeneric ? problem.head_dim_v : 1); first += kStepChannels<kLanes>) {
+  for (int first = 0; first < (kGeneric ? dv : 1); first += kStepChannels<kLanes>) {
     A maximum = A(-1e30);  // finite, so that no difference of infinities arises
     A sum = 0;             // over the keys that this lane weighs: those with index = lane modulo kCount
     A accumulated[kSliceChannels] = {};
@@ -37,33 +36,34 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
       const bool in_window = row < rows;
       const TensorView& key_view = in_window ? args.key : args.additional_keys;
       const TensorView& value_view = in_window ? args.value : args.additional_values;
-      const auto key = make_matrix<const T>(key_view, tile.batch, head_kv, problem.head_dim);
-      const auto value = make_matrix<const T>(value_view, tile.batch, head_kv, problem.head_dim_v);
-      int64_t key_row = 0, value_row = 0;
+      const T* key = head_rows<const T>(key_view, tile.batch, head_kv);
+      const T* value = head_rows<const T>(value_view, tile.batch, head_kv);
       int64_t key_step = key_view.axis_stride[2], value_step = value_view.axis_stride[2];
       int keys = int(problem.additional), longest = keys;
       if (in_window) {
-        const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-        key_row = token.row_offset(problem, args.key, inside ? x : 0, inside ? y : 0);
-        value_row = token.row_offset(problem, args.value, inside ? x : 0, inside ? y : 0);
+        key += token.row_offset(problem, args.key, x, y);
+        value += token.row_offset(problem, args.value, x, y);
         key_step *= problem.axis[2].dilation;
         value_step *= problem.axis[2].dilation;
-        keys = inside ? token.axis[2].size : 0;
+        keys = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
         longest = token.longest[2];
         if (++y == token.longest[1]) y = 0, ++x;
       }
 
       for (int z = 0; z < longest; z += kCount) {
         Slice<T> key_slice[kCount], value_slice[kCount];
-        int64_t key_offset[kCount];
+        const T* key_row[kCount];
+        bool valid[kCount];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
-          const int index = max_int(min_int(z + c, keys - 1), 0);
-          key_offset[c] = key_row + index * key_step;
-          key_slice[c] = load_slice<kLanes, kGeneric>(key, key_offset[c], 0, lane);
-          value_slice[c] = load_slice<kLanes, kGeneric>(value, value_row + index * value_step, first, lane);
+          valid[c] = z + c < keys;
+          key_row[c] = key;
+          key_slice[c] = load_slice<kLanes, kGeneric>(key, d, 0, lane, valid[c]);
+          value_slice[c] = load_slice<kLanes, kGeneric>(value, dv, first, lane, valid[c]);
+          key += key_step;
+          value += value_step;
         }
-        A logit = factor * dot_rows<kLanes, kGeneric>(resident, query, query_offset, key_slice, key, key_offset, lane);
+        A logit = factor * dot_rows<kLanes, kGeneric>(resident, query, key_slice, key_row, valid, d, lane);
         if (z + lane % kCount >= keys) logit = A(-INFINITY);
 
         A highest = logit;
@@ -88,10 +88,11 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
 #pragma unroll
     for (int distance = 1; distance < kCount; distance *= 2) sum += __shfl_xor_sync(kWarp, sum, distance);
     if (token.valid) {
-      store_slice<kLanes, kGeneric>(out, token.offset(args.out), first, lane, accumulated, 1 / sum);
+      store_slice<kLanes, kGeneric>(head_rows<T>(args.out, tile.batch, tile.head) + token.offset(args.out), dv, first,
+                                    lane, accumulated, 1 / sum);
       if (first == 0 && lane == 0) {
-        const auto logsumexp = make_matrix<A>(args.logsumexp, tile.batch, tile.head, 1);
-        logsumexp.data[token.offset(args.logsumexp)] = maximum / kLog2e<A> + log(sum);
+        head_rows<A>(args.logsumexp, tile.batch, tile.head)[token.offset(args.logsumexp)] =
+            maximum / kLog2e<A> + log(sum);
       }
     }
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/launch.h"
+#include "ptx/select.h"
 #include "tile/scalar.h"
 #include "tile/token_tile.h"
 
@@ -13,9 +14,9 @@ constexpr int kThreads = 128;
 constexpr int kSliceChannels = 8;
 constexpr unsigned kWarp = 0xffffffffu;
 
-// Blocks per multiprocessor to leave registers for: 168 a thread for three, which backward needs without spilling.
+// Blocks per multiprocessor to leave registers for, as many as backward allows without spilling.
 template <class T, bool kGeneric>
-constexpr int kMinBlocks = sizeof(T) == 8 || kGeneric ? 1 : 3;
+constexpr int kMinBlocks = sizeof(T) == 8 || kGeneric ? 1 : sizeof(T) == 4 ? 2 : 3;
 
 // Rows in flight: a slice of doubles takes 16 registers, and backward holds two slices per row.
 template <class T>
@@ -25,16 +26,10 @@ constexpr int kKeys = sizeof(T) == 8 ? 2 : 4;
 template <int kLanes>
 constexpr int kStepChannels = kLanes * kSliceChannels;
 
-// One head of one batch item: rows of channels at 64-bit offsets.
+// The rows of one head of one batch item.
 template <class T>
-struct Matrix {
-  T* data;
-  int channels;
-};
-
-template <class T>
-__device__ __forceinline__ Matrix<T> make_matrix(const TensorView& view, int64_t batch, int head, int channels) {
-  return {static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride, channels};
+__device__ __forceinline__ T* head_rows(const TensorView& view, int64_t batch, int head) {
+  return static_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride;
 }
 
 template <class T>
@@ -44,7 +39,7 @@ struct alignas(16) Slice {
 
 // Kernels come in two kinds. Where every row of every tensor is made of aligned 16-byte words and has at most 256
 // channels, the lanes of a token read consecutive words. Otherwise (`kGeneric`) they read consecutive elements, and
-// rows of more than 256 channels are taken in steps. Channels past a row's end are zero.
+// rows of more than 256 channels are taken in steps. Channels past a row's end, and rows that are not valid, are zero.
 template <int kLanes, bool kGeneric, class T>
 __device__ __forceinline__ int slice_channel(int i, int lane) {
   constexpr int kVector = 16 / sizeof(T);
@@ -52,14 +47,13 @@ __device__ __forceinline__ int slice_channel(int i, int lane) {
 }
 
 template <int kLanes, bool kGeneric, class T>
-__device__ __forceinline__ Slice<T> load_slice(const Matrix<const T>& matrix, int64_t offset, int first, int lane) {
+__device__ __forceinline__ Slice<T> load_slice(const T* row, int channels, int first, int lane, bool valid = true) {
   constexpr int kStep = kGeneric ? 1 : 16 / sizeof(T);
-  const T* row = matrix.data + offset;
   Slice<T> slice;
 #pragma unroll
   for (int i = 0; i < kSliceChannels; i += kStep) {
     const int channel = first + slice_channel<kLanes, kGeneric, T>(i, lane);
-    const bool exists = channel < matrix.channels;
+    const bool exists = valid && channel < channels;
     if constexpr (kGeneric) {
       slice.value[i] = exists ? row[channel] : narrow<T>(0);
     } else {
@@ -71,17 +65,16 @@ __device__ __forceinline__ Slice<T> load_slice(const Matrix<const T>& matrix, in
 }
 
 template <int kLanes, bool kGeneric, class T>
-__device__ __forceinline__ void store_slice(const Matrix<T>& matrix, int64_t offset, int first, int lane,
+__device__ __forceinline__ void store_slice(T* row, int channels, int first, int lane,
                                             const Accumulate<T> (&value)[kSliceChannels], Accumulate<T> factor) {
   constexpr int kStep = kGeneric ? 1 : 16 / sizeof(T);
-  T* row = matrix.data + offset;
   Slice<T> slice;
 #pragma unroll
   for (int i = 0; i < kSliceChannels; ++i) slice.value[i] = narrow<T>(value[i] * factor);
 #pragma unroll
   for (int i = 0; i < kSliceChannels; i += kStep) {
     const int channel = first + slice_channel<kLanes, kGeneric, T>(i, lane);
-    if (channel >= matrix.channels) continue;
+    if (channel >= channels) continue;
     if constexpr (kGeneric) {
       row[channel] = slice.value[i];
     } else {
@@ -90,11 +83,23 @@ __device__ __forceinline__ void store_slice(const Matrix<T>& matrix, int64_t off
   }
 }
 
+// The slice of a row that meets many others, converted once.
+template <class A>
+struct Resident {
+  A value[kSliceChannels];
+
+  template <class T>
+  __device__ __forceinline__ explicit Resident(const Slice<T>& slice) {
+#pragma unroll
+    for (int i = 0; i < kSliceChannels; ++i) value[i] = widen(slice.value[i]);
+  }
+};
+
 template <class T>
-__device__ __forceinline__ Accumulate<T> dot(const Slice<T>& a, const Slice<T>& b) {
+__device__ __forceinline__ Accumulate<T> dot(const Resident<Accumulate<T>>& a, const Slice<T>& b) {
   Accumulate<T> sum = 0;
 #pragma unroll
-  for (int i = 0; i < kSliceChannels; ++i) sum += widen(a.value[i]) * widen(b.value[i]);
+  for (int i = 0; i < kSliceChannels; ++i) sum += a.value[i] * widen(b.value[i]);
   return sum;
 }
 
@@ -115,8 +120,8 @@ __device__ __forceinline__ A sum_over_lanes(A (&value)[kCount], int lane) {
     const bool upper = lane & half;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
-      const A given = upper ? value[i] : value[i + half];
-      const A kept = upper ? value[i + half] : value[i];
+      const A given = ptx::select(upper, value[i], value[i + half]);
+      const A kept = ptx::select(upper, value[i + half], value[i]);
       value[i] = kept + __shfl_xor_sync(kWarp, given, half);
     }
   }
@@ -127,22 +132,21 @@ __device__ __forceinline__ A sum_over_lanes(A (&value)[kCount], int lane) {
   return value[0];
 }
 
-// Dot products of one row of `stationary` with kKeys rows of `moving`. `resident` holds the first channels of the
-// stationary row; only a generic kernel has more of them.
+// Dot products of a stationary row with kKeys others, of which `slices` holds the first channels. Only a generic kernel
+// has more of them. Lane l returns the product with row l % kKeys.
 template <int kLanes, bool kGeneric, class T>
-__device__ __forceinline__ Accumulate<T> dot_rows(const Slice<T>& resident, const Matrix<const T>& stationary,
-                                                  int64_t stationary_offset, const Slice<T> (&rows)[kKeys<T>],
-                                                  const Matrix<const T>& moving, const int64_t (&offset)[kKeys<T>],
-                                                  int lane) {
+__device__ __forceinline__ Accumulate<T> dot_rows(const Resident<Accumulate<T>>& resident, const T* stationary,
+                                                  const Slice<T> (&slices)[kKeys<T>], const T* const (&rows)[kKeys<T>],
+                                                  const bool (&valid)[kKeys<T>], int channels, int lane) {
   Accumulate<T> partial[kKeys<T>];
 #pragma unroll
-  for (int c = 0; c < kKeys<T>; ++c) partial[c] = dot(resident, rows[c]);
+  for (int c = 0; c < kKeys<T>; ++c) partial[c] = dot(resident, slices[c]);
   if constexpr (kGeneric) {
-    for (int first = kStepChannels<kLanes>; first < stationary.channels; first += kStepChannels<kLanes>) {
-      const Slice<T> slice = load_slice<kLanes, true>(stationary, stationary_offset, first, lane);
+    for (int first = kStepChannels<kLanes>; first < channels; first += kStepChannels<kLanes>) {
+      const Resident<Accumulate<T>> more(load_slice<kLanes, true>(stationary, channels, first, lane));
 #pragma unroll
       for (int c = 0; c < kKeys<T>; ++c) {
-        partial[c] += dot(slice, load_slice<kLanes, true>(moving, offset[c], first, lane));
+        partial[c] += dot(more, load_slice<kLanes, true>(rows[c], channels, first, lane, valid[c]));
       }
     }
   }
@@ -176,7 +180,7 @@ struct TileWindows {
 // By the whole block; synchronises. Queries meet the keys of their window; keys meet the queries that were passed and
 // see them.
 __device__ inline void make_windows(TileWindows& windows, const Problem& problem, const TileGrid& grid, Side side) {
-  locate_tile(windows.tile, problem, grid, side);
+  locate_tile(windows.tile, problem, grid, side, blockIdx.x);
   __syncthreads();
   const TokenTile& tile = windows.tile;
 #pragma unroll
@@ -262,14 +266,6 @@ TileGrid plan_tiles(const Problem& problem, Side side) {
   return plan_tiles(problem, side, kThreads / kLanes);
 }
 
-// Whether every row of the tensor is made of aligned 16-byte words. Absent tensors are.
-inline bool has_aligned_rows(const TensorView& view, int channels, int element_bytes) {
-  if (view.data == nullptr) return true;
-  const int64_t elements = view.batch_stride | view.axis_stride[0] | view.axis_stride[1] | view.axis_stride[2] |
-                           view.head_stride | channels;
-  return elements * element_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-}
-
 // Calls launch(lanes, generic) with the kind of kernel as compile-time constants.
 template <class Launch>
 void for_head_dim(int channels, bool aligned, const Launch& launch) {
@@ -287,15 +283,6 @@ void for_head_dim(int channels, bool aligned, const Launch& launch) {
   } else {
     launch(integral_constant<int, 32>(), std::false_type());
   }
-}
-
-inline bool no_queries(const Problem& problem) {
-  return problem.batch == 0 || problem.axis[0].q_length == 0 || problem.axis[1].q_length == 0 ||
-         problem.axis[2].q_length == 0;
-}
-inline bool no_keys(const Problem& problem) {
-  return problem.batch == 0 || problem.axis[0].kv_length == 0 || problem.axis[1].kv_length == 0 ||
-         problem.axis[2].kv_length == 0;
 }
 
 }  // namespace natten::naive

@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int head_kv = tile.head / (problem.heads / problem.heads_kv);
   const int slots[kAxes] = {args.slots[0], args.slots[1], args.slots[2]};
 
-  const auto query = make_matrix<const T>(args.a, tile.batch, tile.head, problem.head_dim);
-  const auto key = make_matrix<const T>(args.b, tile.batch, head_kv, problem.head_dim);
-  const int64_t query_offset = token.offset(args.a);
-  const auto resident = load_slice<kLanes, kGeneric>(query, query_offset, 0, lane);
+  const int d = problem.head_dim;
+  const T* query = head_rows<const T>(args.a, tile.batch, tile.head) + token.offset(args.a);
+  const T* key_head = head_rows<const T>(args.b, tile.batch, head_kv);
+  const Resident<A> resident(load_slice<kLanes, kGeneric>(query, d, 0, lane));
   const int64_t key_step = args.b.axis_stride[2] * problem.axis[2].dilation;
-  T* attention = make_matrix<T>(args.c, tile.batch, tile.head, 0).data + token.offset(args.c);
+  T* attention = head_rows<T>(args.c, tile.batch, tile.head) + token.offset(args.c);
 
   // Index of slot (0, 0, 0) in the table of relative positions, t - p + k - 1 per axis.
   const T* bias = static_cast<const T*>(args.rpb);
@@ -40,22 +40,23 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
 
   for (int x = 0; x < slots[0]; ++x) {
     for (int y = 0; y < slots[1]; ++y) {
-      const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-      const int keys = inside ? token.axis[2].size : 0;
-      const int64_t key_row = token.row_offset(problem, args.b, inside ? x : 0, inside ? y : 0);
+      const int keys = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
+      const T* key = key_head + token.row_offset(problem, args.b, x, y);
       const bool warp_inside = x < token.longest[0] && y < token.longest[1];
       for (int z = 0; z < slots[2]; z += kCount) {
         A logit = 0;
         if (warp_inside && z < token.longest[2]) {
           Slice<T> slice[kCount];
-          int64_t offset[kCount];
+          const T* row[kCount];
+          bool valid[kCount];
 #pragma unroll
           for (int c = 0; c < kCount; ++c) {
-            offset[c] = key_row + max_int(min_int(z + c, keys - 1), 0) * key_step;
-            slice[c] = load_slice<kLanes, kGeneric>(key, offset[c], 0, lane);
+            valid[c] = z + c < keys;
+            row[c] = key;
+            slice[c] = load_slice<kLanes, kGeneric>(key, d, 0, lane, valid[c]);
+            key += key_step;
           }
-          logit = A(problem.scale) *
-                  dot_rows<kLanes, kGeneric>(resident, query, query_offset, slice, key, offset, lane);
+          logit = A(problem.scale) * dot_rows<kLanes, kGeneric>(resident, query, slice, row, valid, d, lane);
         }
         const int own = z + lane;
         if (lane < kCount && own < slots[2] && token.valid) {
@@ -86,18 +87,17 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int lane = token.lane;
   const int head_kv = tile.head / (problem.heads / problem.heads_kv);
 
-  const T* attention = make_matrix<const T>(args.a, tile.batch, tile.head, 0).data + token.offset(args.a);
-  const auto value = make_matrix<const T>(args.b, tile.batch, head_kv, problem.head_dim);
-  const auto out = make_matrix<T>(args.c, tile.batch, tile.head, problem.head_dim);
+  const int d = problem.head_dim;
+  const T* attention = head_rows<const T>(args.a, tile.batch, tile.head) + token.offset(args.a);
+  const T* value_head = head_rows<const T>(args.b, tile.batch, head_kv);
   const int64_t value_step = args.b.axis_stride[2] * problem.axis[2].dilation;
 
-  for (int first = 0; first < (kGeneric ? problem.head_dim : 1); first += kStepChannels<kLanes>) {
+  for (int first = 0; first < (kGeneric ? d : 1); first += kStepChannels<kLanes>) {
     A accumulated[kSliceChannels] = {};
     for (int x = 0; x < token.longest[0]; ++x) {
       for (int y = 0; y < token.longest[1]; ++y) {
-        const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-        const int keys = inside ? token.axis[2].size : 0;
-        const int64_t value_row = token.row_offset(problem, args.b, inside ? x : 0, inside ? y : 0);
+        const int keys = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
+        const T* value = value_head + token.row_offset(problem, args.b, x, y);
         const T* weights = attention + (int64_t(x) * args.slots[1] + y) * args.slots[2];
         for (int z = 0; z < token.longest[2]; z += kCount) {
           const int own = z + lane % kCount;
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
           Slice<T> slice[kCount];
 #pragma unroll
           for (int c = 0; c < kCount; ++c) {
-            const int index = max_int(min_int(z + c, keys - 1), 0);
-            slice[c] = load_slice<kLanes, kGeneric>(value, value_row + index * value_step, first, lane);
+            slice[c] = load_slice<kLanes, kGeneric>(value, d, first, lane, z + c < keys);
+            value += value_step;
           }
 #pragma unroll
           for (int c = 0; c < kCount; ++c) {
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
       }
     }
     if (token.valid) {
-      store_slice<kLanes, kGeneric>(out, token.offset(args.c), first, lane, accumulated, A(problem.scale));
+      store_slice<kLanes, kGeneric>(head_rows<T>(args.c, tile.batch, tile.head) + token.offset(args.c), d, first, lane,
+                                    accumulated, A(problem.scale));
     }
   }
 }
@@ -137,23 +138,20 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   const int group_heads = problem.heads / problem.heads_kv;
   const Group group_x = tile.group[0], group_y = tile.group[1], group_z = tile.group[2];
 
-  const auto out = make_matrix<T>(args.c, tile.batch, tile.head, problem.head_dim);
+  const int d = problem.head_dim;
   const int64_t attention_step = args.a.axis_stride[2] * problem.axis[2].dilation;
   const int64_t input_step = args.b.axis_stride[2] * problem.axis[2].dilation;
 
-  for (int first = 0; first < (kGeneric ? problem.head_dim : 1); first += kStepChannels<kLanes>) {
+  for (int first = 0; first < (kGeneric ? d : 1); first += kStepChannels<kLanes>) {
     A accumulated[kSliceChannels] = {};
     for (int head = tile.head * group_heads; head < (tile.head + 1) * group_heads; ++head) {
-      const T* attention = make_matrix<const T>(args.a, tile.batch, head, 0).data;
-      const auto input = make_matrix<const T>(args.b, tile.batch, head, problem.head_dim);
       for (int x = 0; x < token.longest[0]; ++x) {
         const int slot_x = token.axis[0].position - window(group_x, token.axis[0].begin + x).begin;
         for (int y = 0; y < token.longest[1]; ++y) {
           const int slot_y = token.axis[1].position - window(group_y, token.axis[1].begin + y).begin;
-          const bool inside = x < token.axis[0].size && y < token.axis[1].size;
-          const int queries = inside ? token.axis[2].size : 0;
-          const int64_t input_row = token.row_offset(problem, args.b, inside ? x : 0, inside ? y : 0);
-          const T* weights = attention + token.row_offset(problem, args.a, inside ? x : 0, inside ? y : 0) +
+          const int queries = x < token.axis[0].size && y < token.axis[1].size ? token.axis[2].size : 0;
+          const T* input = head_rows<const T>(args.b, tile.batch, head) + token.row_offset(problem, args.b, x, y);
+          const T* weights = head_rows<const T>(args.a, tile.batch, head) + token.row_offset(problem, args.a, x, y) +
                              (int64_t(slot_x) * args.slots[1] + slot_y) * args.slots[2] + token.axis[2].position;
           for (int z = 0; z < token.longest[2]; z += kCount) {
             const int own = z + lane % kCount;
@@ -162,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
             Slice<T> slice[kCount];
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
-              const int index = max_int(min_int(z + c, queries - 1), 0);
-              slice[c] = load_slice<kLanes, kGeneric>(input, input_row + index * input_step, first, lane);
+              slice[c] = load_slice<kLanes, kGeneric>(input, d, first, lane, z + c < queries);
+              input += input_step;
             }
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
@@ -174,7 +172,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
       }
     }
     if (token.valid) {
-      store_slice<kLanes, kGeneric>(out, token.offset(args.c), first, lane, accumulated, A(problem.scale));
+      store_slice<kLanes, kGeneric>(head_rows<T>(args.c, tile.batch, tile.head) + token.offset(args.c), d, first, lane,
+                                    accumulated, A(problem.scale));
     }
   }
 }
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(1024) rpb_backward_kernel(const __grid_constan
       if (slot_y < 0) continue;
       const int slot_x = find_slot(0, x);
       if (slot_x < 0) continue;
-      const T* attention = make_matrix<const T>(args.grad_attention, batch, head, 0).data +
+      const T* attention = head_rows<const T>(args.grad_attention, batch, head) +
                            x * args.grad_attention.axis_stride[0] + y * args.grad_attention.axis_stride[1] +
                            z * args.grad_attention.axis_stride[2];
       sum += widen(attention[(int64_t(slot_x) * args.slots[1] + slot_y) * args.slots[2] + slot_z]);
