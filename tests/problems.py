@@ -166,10 +166,10 @@ class Case:
         return tuple(self.tensors().differentiable())
 
     def expected(self, inputs: Inputs) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, oracle, magnitude) of out, lse and every gradient, from the inputs' numbers in float64."""
-        tensors = [t.detach().double().cpu().requires_grad_() for t in inputs.differentiable()]
+        """(name, oracle, magnitude) of out, lse and every gradient, from the inputs' numbers in float64, on their device."""
+        tensors = [t.detach().double().requires_grad_() for t in inputs.differentiable()]
         query, key, value, *extra = tensors
-        grad_out, grad_lse = inputs.grad_out.double().cpu(), inputs.grad_lse.double().cpu()
+        grad_out, grad_lse = inputs.grad_out.double(), inputs.grad_lse.double()
         results = reference.attention(query, key, value, self.window, self.scale, *extra)
         grads = torch.autograd.grad(results, tensors, (grad_out, grad_lse))
         magnitudes = self._magnitudes([t.detach() for t in tensors], results[0].detach(), grad_out, grad_lse)
@@ -182,6 +182,7 @@ class Case:
         for axis in self.axes:
             table = axis.window().members(0, axis.queries, axis.keys)
             mask = (mask[:, None, :, None] & table[None, :, None, :]).reshape(len(mask) * len(table), -1)
+        mask = mask.to(query.device)
         group = self.heads // self.heads_kv
 
         def by_head(tensor: Tensor, repeats: int = 1) -> Tensor:  # [B, H, tokens, C]
@@ -191,7 +192,7 @@ class Case:
         if extra:
             keys = torch.cat((keys, by_head(extra[0], group)), 2)
             values = torch.cat((values, by_head(extra[1], group)), 2)
-            mask = torch.cat((mask, torch.ones(len(mask), self.additional, dtype=torch.bool)), 1)
+            mask = torch.cat((mask, mask.new_ones(len(mask), self.additional)), 1)
         scale = abs(self.effective_scale)
         logits = self.effective_scale * (by_head(query) @ keys.transpose(-1, -2))
         weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), -1)
@@ -202,7 +203,7 @@ class Case:
         def from_heads(tensor: Tensor, like: Tensor) -> Tensor:
             tensor = tensor.transpose(1, 2)
             if tensor.shape[2] != like.shape[-2]:
-                tensor = tensor.reshape(*tensor.shape[:2], like.shape[-2], group, -1).sum(3)
+                tensor = tensor.unflatten(2, (like.shape[-2], group)).sum(3)
             return tensor.reshape(like.shape)
 
         grad_query = scale * (d_logits @ keys.abs())
@@ -226,7 +227,9 @@ class Case:
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers, stored in another way; the channel stride is 1 in each."""
     if layout == "packed":  # one of three views of a packed projection
-        storage = torch.full((*tensor.shape[:-2], 3, *tensor.shape[-2:]), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        storage = torch.full(
+            (*tensor.shape[:-2], 3, *tensor.shape[-2:]), torch.nan, dtype=tensor.dtype, device=tensor.device
+        )
         view = storage.select(-3, 1)
     elif layout == "heads_first":
         storage = torch.empty_like(tensor.movedim(-2, 1), memory_format=torch.contiguous_format)

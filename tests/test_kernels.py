@@ -58,7 +58,12 @@ def check_unfused(case: Case, kernel: str, dtype: torch.dtype) -> None:
     (received,) = torch.autograd.grad(out, value, source)
     absolute = None if bias is None else bias.abs()
     oracles = (
-        ("qk", logits, reference.qk(q, k, window, scale, bias), reference.qk(q.abs(), k.abs(), window, abs(scale), absolute)),
+        (
+            "qk",
+            logits,
+            reference.qk(q, k, window, scale, bias),
+            reference.qk(q.abs(), k.abs(), window, abs(scale), absolute),
+        ),
         ("av", out, reference.av(w, v, window), reference.av(w.abs(), v.abs(), window)),
         (
             "inverse_av",

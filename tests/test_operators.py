@@ -169,12 +169,16 @@ def operator_calls() -> list[tuple[str, Any, tuple[Any, ...]]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "operator", "arguments"), operator_calls(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "operator", "arguments"), operator_calls(), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_opcheck(name: str, operator: Any, arguments: tuple[Any, ...]) -> None:
     torch.library.opcheck(operator.default, arguments)
 
 
-@pytest.mark.parametrize(("name", "operator", "arguments"), operator_calls(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "operator", "arguments"), operator_calls(), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_operators_refuse_wrong_shapes(name: str, operator: Any, arguments: tuple[Any, ...]) -> None:
     """Calls past the Python checks end in an error, never in an access out of bounds."""
     for index, argument in enumerate(arguments):

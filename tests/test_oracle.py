@@ -146,7 +146,9 @@ def test_grouped_queries_read_their_key_head() -> None:
     inputs = case.tensors()
     out, _ = reference.attention(inputs.query, inputs.key, inputs.value, case.window)
     for head in range(6):
-        one = [t[..., h : h + 1, :] for t, h in ((inputs.query, head), (inputs.key, head // 3), (inputs.value, head // 3))]
+        one = [
+            t[..., h : h + 1, :] for t, h in ((inputs.query, head), (inputs.key, head // 3), (inputs.value, head // 3))
+        ]
         torch.testing.assert_close(out[..., head : head + 1, :], reference.attention(*one, case.window)[0])
 
 
@@ -179,7 +181,9 @@ def test_window_arithmetic_of_the_package(case: AxisCase) -> None:
 
 @given(case=axis_cases(30, pieces=True))
 def test_missing_keys_are_found(case: AxisCase) -> None:
-    whole = AxisCase(case.kernel_size, case.stride, case.dilation, case.is_causal, case.extent, 0, case.extent, 0, case.extent)
+    whole = AxisCase(
+        case.kernel_size, case.stride, case.dilation, case.is_causal, case.extent, 0, case.extent, 0, case.extent
+    )
     rows = whole.window().members(0, case.extent, case.extent)[case.q_start : case.q_start + case.queries]
     needed = rows.any(0).nonzero().flatten()
     for start, stop in ((int(needed.min()) + 1, case.extent), (0, int(needed.max()))):

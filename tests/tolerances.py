@@ -55,7 +55,9 @@ def errors(result: Tensor, oracle: Tensor, magnitude: Tensor, tolerance: Toleran
     return float(whole), float(rows.max())
 
 
-def assert_close(name: str, result: Tensor, oracle: Tensor, magnitude: Tensor, tolerance: Tolerance, limit: float) -> None:
+def assert_close(
+    name: str, result: Tensor, oracle: Tensor, magnitude: Tensor, tolerance: Tolerance, limit: float
+) -> None:
     """Fails when the error of the whole or of the worst row exceeds `limit`, or is NaN."""
     whole, row = errors(result, oracle, magnitude, tolerance)
     assert whole <= limit and row <= limit, f"{name}: error {whole:.2e}, worst row {row:.2e}, allowed {limit:.0e}"

@@ -4,7 +4,7 @@
 """
 
 from natten import _composites as _composites
-from natten._explain import explain
+from natten._explain import Explanation, explain
 from natten._library import HAS_LIBNATTEN
 from natten.context import (
     are_deterministic_algorithms_enabled,
@@ -32,6 +32,7 @@ if HAS_LIBNATTEN:
 
 __all__ = [
     "HAS_LIBNATTEN",
+    "Explanation",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

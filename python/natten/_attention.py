@@ -9,7 +9,7 @@ from torch import Tensor
 
 from natten import _library, _unfused, context, dispatch
 from natten._problem import Problem, attention_problem
-from natten._settings import autocast, current_flags
+from natten._settings import autocast, autocast_enabled, current_flags
 from natten.dispatch import (
     FAMILIES,
     Kernel,
@@ -94,20 +94,21 @@ def attend(
     """Output and logsumexp of neighborhood attention, differentiable in both."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast_enabled(query):
         query, key, value, additional_keys, additional_values = autocast(
             query, key, value, additional_keys, additional_values
         )
-    requires_grad = torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (additional_keys is not None and additional_keys.requires_grad)
-        or (additional_values is not None and additional_values.requires_grad)
-    )
     flags = current_flags(query)
+    requires_grad = False
     signature: tuple[Any, ...] | None
     try:
+        requires_grad = torch.is_grad_enabled() and (
+            query.requires_grad
+            or key.requires_grad
+            or value.requires_grad
+            or (additional_keys is not None and additional_keys.requires_grad)
+            or (additional_values is not None and additional_values.requires_grad)
+        )
         signature = (
             rank,
             query.shape,
@@ -134,7 +135,7 @@ def attend(
             flags,
             context._memory_usage,
             None
-            if additional_keys is None or additional_values is None
+            if additional_keys is None and additional_values is None
             else (
                 additional_keys.shape,
                 additional_values.shape,

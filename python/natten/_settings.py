@@ -10,7 +10,7 @@ from torch import Tensor
 from natten import context
 from natten._problem import ALLOW_TF32, DETERMINISTIC
 
-__all__ = ["autocast", "current_flags"]
+__all__ = ["autocast", "autocast_enabled", "current_flags"]
 
 
 def current_flags(tensor: Tensor) -> int:
@@ -21,6 +21,12 @@ def current_flags(tensor: Tensor) -> int:
     if tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
         flags |= ALLOW_TF32
     return flags
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch import SymInt, Tensor
 
 from natten import _library
 from natten._problem import Problem, check_rpb, unfused_problem, valid_slots
-from natten._settings import autocast, current_flags
+from natten._settings import autocast, autocast_enabled, current_flags
 from natten.dispatch import FAMILIES, Kernel, Operation, choose, forced_kernel
 from natten.types import CausalFlag, Dimension
 
@@ -38,7 +38,7 @@ def checked_qk(
 ) -> Tensor:
     """`natten.na_qk` below its docstring."""
     _library.require_library()
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and autocast_enabled(query):
         query, key, rpb = autocast(query, key, rpb)
     window = (kernel_size, stride, dilation, is_causal, scale, q_start, kv_start, extent)
     problem = unfused_problem(query, "query", key, "key", False, *window)
@@ -62,7 +62,7 @@ def checked_av(
 ) -> Tensor:
     """`natten.na_av` below its docstring."""
     _library.require_library()
-    if isinstance(attention, Tensor) and torch.is_autocast_enabled(attention.device.type):
+    if isinstance(attention, Tensor) and autocast_enabled(attention):
         attention, value = autocast(attention, value)
     window = (kernel_size, stride, dilation, is_causal, 1.0, q_start, kv_start, extent)
     problem = replace(unfused_problem(attention, "attn", value, "value", True, *window), flags=current_flags(attention))
