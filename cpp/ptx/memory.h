@@ -10,10 +10,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes global -> shared, asynchronously, past L1. With `valid` false, reads nothing and writes zeros.
+// Copies 16 bytes global -> shared, asynchronously, past L1.
+__device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n" ::"r"(destination), "l"(source) : "memory");
+}
+
+// The same; with `valid` false, reads nothing and writes zeros.
 __device__ __forceinline__ void cp_async_16(uint32_t destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source),
                "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same for 8 bytes, through L1.
+__device__ __forceinline__ void cp_async_8(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(destination), "l"(source), "r"(valid ? 8 : 0)
                : "memory");
 }
 

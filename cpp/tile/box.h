@@ -46,14 +46,6 @@ __device__ __forceinline__ uint32_t bit_range(int begin, int end) { return (1u <
 // Number of z / 8 for which 8 (z / 8) + within < bound.
 __device__ __forceinline__ int runs_below(int bound, int within) { return (bound - within + kRun - 1) >> 3; }
 
-// Runs of a box whose row `within` lies inside the tensor, `left` positions of which remain from the box's origin.
-__device__ __forceinline__ uint32_t rows_inside(const BoxShape& shape, const int (&left)[kAxes], int within) {
-  const uint32_t x = (1u << (min(left[0], 1 << shape.log[0]) << shape.log_ym)) - 1;
-  const uint32_t y = (1u << (min(left[1], 1 << shape.log[1]) << shape.log_m)) - 1;
-  const uint32_t z = (1u << runs_below(min(left[2], 1 << shape.log[2]), within)) - 1;
-  return x & (y * shape.replicate_y) & (z * shape.replicate_z);
-}
-
 // What a row attends of a box whose origin is `origin`: the runs along x and y as a word, the range along z.
 // One lane prepares this for one row; the lanes that hold the row's scores finish it with `column_words`.
 struct RowMask {

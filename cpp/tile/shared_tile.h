@@ -20,6 +20,13 @@ struct SharedTile {
     return row * kRowBytes + ((chunk ^ key) << 4);
   }
 
+  // Address of the same chunk `rows` rows further down. What `rows` has in common with the first row, in bits, must be
+  // nothing; the key of their sum is then the exclusive or of the keys.
+  __device__ static __forceinline__ uint32_t down(uint32_t address, int rows) {
+    const int key = kColumns % 64 == 0 ? rows & 7 : (rows >> 1) & 3;
+    return (address ^ (key << 4)) + rows * kRowBytes;
+  }
+
   // a[16, 16] at (row, column 16 k), rows along m.
   __device__ static __forceinline__ void load_a(uint32_t (&a)[4], uint32_t base, int row, int k, int lane) {
     ptx::ldmatrix_x4(a, base + offset(row + (lane & 15), 2 * k + (lane >> 4)));

@@ -84,12 +84,13 @@ struct Block {
   // Rows past the end of the group repeat the last one. To be called by all threads; synchronise after.
   template <bool kOwnKeys>
   __device__ __forceinline__ void fill_table(const Parameters& p) {
-    const int i = threadIdx.x, begin_y = table_begin(p, 1), begin_z = table_begin(p, 2);
-    if (i >= begin_z + (1 << p.owned.log[2])) return;
-    const int axis = i < begin_y ? 0 : i < begin_z ? 1 : 2;
-    const int coordinate = i - (axis == 0 ? 0 : axis == 1 ? begin_y : begin_z);
-    const Range r = related<kOwnKeys>(group[axis], position[axis] + min(coordinate, count[axis] - 1));
-    table[i] = {r.begin - walk_position[axis], r.end - walk_position[axis]};
+    const int begin_y = table_begin(p, 1), begin_z = table_begin(p, 2);
+    for (int i = threadIdx.x; i < begin_z + (1 << p.owned.log[2]); i += blockDim.x) {
+      const int axis = i < begin_y ? 0 : i < begin_z ? 1 : 2;
+      const int coordinate = i - (axis == 0 ? 0 : axis == 1 ? begin_y : begin_z);
+      const Range r = related<kOwnKeys>(group[axis], position[axis] + min(coordinate, count[axis] - 1));
+      table[i] = {r.begin - walk_position[axis], r.end - walk_position[axis]};
+    }
   }
 
   __device__ __forceinline__ const char* own_origin(const Tensor& t, int head_) const {
@@ -145,97 +146,84 @@ struct RowIndex {
   }
 };
 
-// The boxes of a walk, z fastest.
-struct Walk {
-  __device__ __forceinline__ static int boxes_along(const Parameters& p, const int (&size)[kAxes], int axis) {
-    return (size[axis] + (1 << p.box.log[axis]) - 1) >> p.box.log[axis];
-  }
-  __device__ __forceinline__ static int boxes(const Parameters& p, const int (&size)[kAxes]) {
-    return boxes_along(p, size, 0) * boxes_along(p, size, 1) * boxes_along(p, size, 2);
-  }
-  // Origin of the box after the one at `origin`; past the last one, that of the first.
-  __device__ __forceinline__ static int3 next(const Parameters& p, const int (&size)[kAxes], int3 origin) {
-    origin.z += 1 << p.box.log[2];
-    if (origin.z < size[2]) return origin;
-    origin.z = 0;
-    origin.y += 1 << p.box.log[1];
-    if (origin.y < size[1]) return origin;
-    origin.y = 0;
-    origin.x += 1 << p.box.log[0];
-    if (origin.x < size[0]) return origin;
-    return {0, 0, 0};
-  }
-};
-
 // Threads that share a row of kChunks 16-byte chunks.
 template <int kChunks>
 constexpr int kLanesPerRow = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
 
-// How the threads of a block share the 16-byte chunks of [kRows, kColumns] tiles: a power of two of them per row.
+// How the threads of a block share the 16-byte chunks of [kRows, kColumns] tiles. A warp takes whole runs of 8 tokens, in
+// passes of kRowsPerPass rows; its threads keep their chunk and their row within the pass.
 template <int kColumns, int kThreads>
 struct Loader {
   using Tile = tile::SharedTile<kColumns>;
+  static constexpr int kWarps = kThreads / 32;
   static constexpr int kLanes = kLanesPerRow<Tile::kChunks>;
-  static constexpr int kRowsPerPass = kThreads / kLanes;
-  static constexpr int kWords = kRowsPerPass < tile::kRun ? tile::kRun / kRowsPerPass : 1;  // passes until a run repeats
-  static_assert(kRowsPerPass >= 2);
+  static constexpr int kRowsPerPass = 32 / kLanes;
+  static constexpr int kPasses = tile::kRun / kRowsPerPass;
 
-  int chunk, row;
+  int warp, chunk, row;
 
-  __device__ __forceinline__ Loader() : chunk(threadIdx.x % kLanes), row(threadIdx.x / kLanes) {}
+  __device__ __forceinline__ Loader()
+      : warp(threadIdx.x / 32), chunk(threadIdx.x % kLanes), row(threadIdx.x % 32 / kLanes) {}
 
-  // Offset of this thread in a box: its row within the first run, and its chunk.
-  __device__ __forceinline__ int64_t thread_offset(int64_t step_z) const { return (row & 7) * step_z + chunk * 16; }
-  __device__ __forceinline__ bool has_channels(int channels) const { return chunk * 8 < channels; }
-
-  // Rows of a box; `source` includes the box's origin and this thread's offset, `inside` one word per position of this
-  // thread within a run, `run_offset` the byte offset of every run.
+  // Boxes leave the channels past a head dim alone: they are zeroed once.
   template <int kRows>
+  __device__ __forceinline__ void zero_padding(char* tile, int channels) const {
+    if (chunk * 8 < channels || chunk >= Tile::kChunks) return;
+    for (int r = warp * kRowsPerPass + row; r < kRows; r += kWarps * kRowsPerPass)
+      *reinterpret_cast<uint4*>(tile + Tile::offset(r, chunk)) = uint4{};
+  }
+
+  // `source`: first row of the box; `run_offset`: byte offset of every run; `existing_rows(run)`: how many rows of a run
+  // exist, asked only when the box is not whole. The others become zeros.
+  template <int kRows, class ExistingRows>
   __device__ __forceinline__ void load_box(uint32_t tile, const char* source, const int64_t* run_offset, int64_t step_z,
-                                           const uint32_t (&inside)[kWords], bool has_channels) const {
-    if (Tile::kChunks < kLanes && chunk >= Tile::kChunks) return;
+                                           bool whole, ExistingRows existing_rows) const {
+    constexpr int kRuns = kRows / tile::kRun, kRunsPerWarp = (kRuns + kWarps - 1) / kWarps;
+    if (kRuns < kWarps && warp >= kRuns) return;
+    source += row * step_z + chunk * 16;
+    const char* address[kRunsPerWarp];
 #pragma unroll
-    for (int pass = 0; pass * kRowsPerPass < kRows; ++pass) {
-      const int r = row + pass * kRowsPerPass;
-      if (kRows % kRowsPerPass != 0 && r >= kRows) break;
-      const int run = r / tile::kRun, word = pass % kWords;
-      const char* address = source + run_offset[run] + (kWords > 1 ? word * kRowsPerPass * step_z : 0);
-      ptx::cp_async_16(tile + Tile::offset(r, chunk), address, has_channels && ((inside[word] >> run) & 1));
+    for (int r = 0; r < kRunsPerWarp; ++r) address[r] = source + run_offset[warp * kRunsPerWarp + r];
+    const int64_t pass_step = kRowsPerPass * step_z;
+    const uint32_t first = tile + warp * (kRunsPerWarp * tile::kRun * Tile::kRowBytes) + Tile::offset(row, chunk);
+    if (whole) {
+#pragma unroll
+      for (int r = 0; r < kRunsPerWarp; ++r)
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          ptx::cp_async_16(Tile::down(first, r * tile::kRun + pass * kRowsPerPass), address[r]);
+          address[r] += pass_step;
+        }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRunsPerWarp; ++r) {
+        const int left = existing_rows(warp * kRunsPerWarp + r) - row;
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) {
+          ptx::cp_async_16(Tile::down(first, r * tile::kRun + pass * kRowsPerPass), address[r], pass * kRowsPerPass < left);
+          address[r] += pass_step;
+        }
+      }
     }
   }
 
-  __device__ __forceinline__ void inside_words(uint32_t (&inside)[kWords], const tile::BoxShape& shape,
-                                               const int (&left)[kAxes]) const {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) inside[w] = tile::rows_inside(shape, left, (row & 7) + w * kRowsPerPass);
-  }
-  // The same for a box of `left` consecutive tokens (additional keys).
-  template <int kRows>
-  __device__ __forceinline__ void inside_words_flat(uint32_t (&inside)[kWords], int left) const {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      inside[w] = (1u << tile::runs_below(min(left, kRows), (row & 7) + w * kRowsPerPass)) - 1;
-  }
-
   // The rows of the block's own tile, in the order of its warps.
-  template <int kRows, int kRowsPerWarp, int kBlockRows>
+  template <int kRows, int kRowsPerOwner, int kBlockRows>
   __device__ __forceinline__ void load_owned(uint32_t tile, const Parameters& p, const Block<kBlockRows>& block,
                                              const Tensor& t, const char* origin, int channels) const {
     if (Tile::kChunks < kLanes && chunk >= Tile::kChunks) return;
-#pragma unroll
-    for (int pass = 0; pass * kRowsPerPass < kRows; ++pass) {
-      const int r = row + pass * kRowsPerPass;
-      if (kRows % kRowsPerPass != 0 && r >= kRows) break;
-      const int3 c = p.owned.coordinates(r / kRowsPerWarp, r % kRowsPerWarp);
+#pragma unroll 1
+    for (int r = warp * kRowsPerPass + row; r < kRows; r += kWarps * kRowsPerPass) {
+      const int3 c = p.owned.coordinates(r / kRowsPerOwner, r % kRowsPerOwner);
       ptx::cp_async_16(tile + Tile::offset(r, chunk),
                        origin + c.x * t.step[0] + c.y * t.step[1] + c.z * t.step[2] + chunk * 16,
-                       has_channels(channels) && block.contains(c));
+                       chunk * 8 < channels && block.contains(c));
     }
   }
 };
 
 // Byte offsets of a box's runs.
-__device__ __forceinline__ int64_t run_offset(const tile::BoxShape& box, const Tensor& t, int run) {
+__device__ __forceinline__ int64_t offset_of_run(const tile::BoxShape& box, const Tensor& t, int run) {
   const int x = run >> box.log_ym, y = (run >> box.log_m) & ((1 << box.log[1]) - 1), z = run & ((1 << box.log_m) - 1);
   return x * t.step[0] + y * t.step[1] + z * tile::kRun * t.step[2];
 }

@@ -2,7 +2,7 @@
 // docs/kernels/fused-sm80.md explains the schedule.
 #pragma once
 
-#include "kernels/fused_sm80/block.cuh"
+#include "kernels/fused_sm80/walk.cuh"
 #include "ptx/math.h"
 #include "ptx/mma.h"
 #include "tile/softmax.h"
@@ -28,9 +28,7 @@ struct ForwardConfig {
     alignas(128) char key[kStages][kKeys * kHeadDim * 2];
     alignas(128) char value[kStages][kKeys * kHeadDim * 2];
     Block<kQueries> block;
-    int4 box[kRing];  // origin, and 1 in w for a box of additional keys
-    int64_t run_offset[4][kKeys / tile::kRun];  // key, value, additional key, additional value
-    const char* source[4];                      // the first needed row of each
+    KeyWalk<kKeys, kRing> walk;
   };
   static_assert(kStages + 2 <= kRing);
 };
@@ -42,7 +40,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   using Shared = typename Config::Shared;
   constexpr int kD = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
   constexpr int kRowTiles = Config::kRowTiles, kRowsPerWarp = Config::kRowsPerWarp;
-  constexpr int kRuns = kKeys / tile::kRun, kRing = Config::kRing;
   using Tile = tile::SharedTile<kD>;
   using Load = Loader<kD, Config::kThreads>;
 
@@ -53,75 +50,36 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   // ---- which queries, which keys
   if (warp == 0) block.template locate<false>(p);
-  if (threadIdx.x < 4 * kRuns) {
-    const int tensor = threadIdx.x / kRuns, run = threadIdx.x % kRuns;
-    shared.run_offset[tensor][run] = tensor == 0   ? run_offset(p.box, p.key, run)
-                                     : tensor == 1 ? run_offset(p.box, p.value, run)
-                                     : tensor == 2 ? run * tile::kRun * p.additional_key.step[2]
-                                                   : run * tile::kRun * p.additional_value.step[2];
-  }
+  shared.walk.fill_run_offsets(p);
   __syncthreads();
   if (block.empty()) return;
 
   const Load load;
   const uint32_t query_tile = ptx::shared_address(shared.query);
-  const int head_kv = block.head / p.heads_per_kv;
   load.template load_owned<Config::kQueries, kRowsPerWarp>(query_tile, p, block, p.query,
                                                            block.own_origin(p.query, block.head), p.head_dim);
   if (threadIdx.x == 0) {
-    shared.source[0] = block.walk_origin(p.key, head_kv);
-    shared.source[1] = block.walk_origin(p.value, head_kv);
-    shared.source[2] = p.additional_key.data + block.batch * p.additional_key.batch + head_kv * p.additional_key.head;
-    shared.source[3] = p.additional_value.data + block.batch * p.additional_value.batch + head_kv * p.additional_value.head;
+    shared.walk.start(p, block);
+    // The ring is filled kStages + 1 boxes ahead of the products, so that every load finds its box there.
+    for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
   }
-  const int window_steps = Walk::boxes(p, block.size);
-  const int steps = window_steps + (p.additional + kKeys - 1) / kKeys;
-
-  // Box number n of the walk stands in the ring before its keys are asked for; its values follow later.
-  auto load_box = [&](int n, uint32_t destination, bool values) {
-    const int4 box = shared.box[n % kRing];
-    const int which = 2 * box.w + values;
-    uint32_t inside[Load::kWords];
-    int64_t offset;
-    int64_t step_z;
-    if (box.w == 0) {
-      const Tensor& t = values ? p.value : p.key;
-      const int left[kAxes] = {block.size[0] - box.x, block.size[1] - box.y, block.size[2] - box.z};
-      load.inside_words(inside, p.box, left);
-      offset = box_offset(t, {box.x, box.y, box.z});
-      step_z = t.step[2];
-    } else {
-      load.template inside_words_flat<kKeys>(inside, p.additional - box.z);
-      step_z = values ? p.additional_value.step[2] : p.additional_key.step[2];
-      offset = box.z * step_z;
-    }
-    load.template load_box<kKeys>(destination, shared.source[which] + offset + load.thread_offset(step_z),
-                                  shared.run_offset[which], step_z, inside,
-                                  load.has_channels(values ? p.head_dim_v : p.head_dim));
-  };
-  auto enter = [&](int n) {  // by one thread, box after box
-    int3 origin{0, 0, 0};
-    if (n > 0) {
-      const int4 last = shared.box[(n - 1) % kRing];
-      origin = Walk::next(p, block.size, {last.x, last.y, last.z});
-    }
-    shared.box[n % kRing] =
-        n < window_steps ? make_int4(origin.x, origin.y, origin.z, 0) : make_int4(0, 0, (n - window_steps) * kKeys, 1);
-  };
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    load.template zero_padding<kKeys>(shared.key[stage], p.head_dim);
+    load.template zero_padding<kKeys>(shared.value[stage], p.head_dim_v);
+  }
+  block.template fill_table<false>(p);
+  __syncthreads();
+  const int steps = shared.walk.steps;
+  const bool key_chunk = load.chunk * 8 < p.head_dim, value_chunk = load.chunk * 8 < p.head_dim_v;
   auto load_keys = [&](int n) {
-    if (n < steps) load_box(n, ptx::shared_address(shared.key[n % kStages]), false);
+    if (n < steps && key_chunk) shared.walk.load(n, false, ptx::shared_address(shared.key[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
   auto load_values = [&](int n) {
-    if (n < steps) load_box(n, ptx::shared_address(shared.value[n % kStages]), true);
+    if (n < steps && value_chunk) shared.walk.load(n, true, ptx::shared_address(shared.value[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
-
-  // The ring is filled kStages + 1 boxes ahead of the products, so that every load finds its box there.
-  if (threadIdx.x == 0)
-    for (int n = 0; n <= kStages; ++n) enter(n);
-  block.template fill_table<false>(p);
-  __syncthreads();
 #pragma unroll
   for (int n = 0; n < kStages; ++n) {
     load_keys(n);  // the first group holds the queries too
@@ -147,9 +105,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int i = lane; i < kRowsPerWarp * (kD / 2); i += 32) words[i] ^= 0x80008000u;
       __syncwarp();
     }
-    const int4 box = shared.box[step % kRing];
+    const int4 box = shared.walk.at(step);
     const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;
-    const bool needed = box.w != 0 || bounds.needs(own_origin, own_extent);
+    const bool needed = (box.w & kAdditionalBox) != 0 || bounds.needs(own_origin, own_extent);
 
     float s[kRowTiles][kKeys / 8][4];
     if (needed) {
@@ -180,11 +138,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     ptx::cp_async_wait<2 * (kStages - 1)>();
     __syncthreads();  // values of this step have come; its keys are used up
     load_keys(step + kStages);
-    if (threadIdx.x == 0) enter(step + kStages + 1);
+    if (threadIdx.x == 0) shared.walk.enter(step + kStages + 1, p, block);
 
     if (needed) {
-      if (box.w != 0) {
-        if (p.additional - box.z < kKeys) {
+      if (box.w & kAdditionalBox) {
+        if ((box.w & kWholeBox) == 0) {
           const tile::RowMask mask{0xffffu, uint32_t(p.additional - box.z) << 16};
           const uint32_t words = tile::column_words(mask, 1, quad);
 #pragma unroll

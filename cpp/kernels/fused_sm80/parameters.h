@@ -38,6 +38,7 @@ struct Parameters {
   Tensor grad_query, grad_key, grad_value;
   // Key gradients of the additional keys: each part of the queries leaves a float32 [part, B, S, Hkv, D + Dv].
   float* partial;
+  int64_t partial_batch;  // B
 };
 
 }  // namespace natten::fused_sm80

@@ -27,5 +27,9 @@ constexpr int kHeadDimClasses[] = {32, 64, 96, 128, 192, 256};
 
 template <class Element, int kHeadDim>
 KernelEntry forward_entry(Variant variant);
+template <class Element, int kHeadDim>
+KernelEntry query_gradient_entry(Variant variant);
+template <class Element, int kHeadDim>
+KernelEntry key_gradient_entry(Variant variant);
 
 }  // namespace natten::fused_sm80

@@ -1,0 +1,190 @@
+// Backward, deterministic form: statistics of the queries, then key gradients and query gradients by two kernels that own
+// what they write.
+//
+// Workspace, in bytes (python/natten/dispatch.py allocates it):
+//   8 * batch * queries * heads                                        statistics
+// + 4 * parts * batch * additional * heads_kv * (head_dim + head_dim_v)  partial sums for the additional keys, with
+//   parts = min(max(512 / (batch * heads_kv * ceil(additional / 64)), 1), 16)
+#include "kernels/families.h"
+#include "kernels/fused_sm80/backward_rows.cuh"
+#include "kernels/fused_sm80/host.h"
+
+namespace natten::fused_sm80 {
+
+namespace {
+
+constexpr int kElementBytes = 2;
+
+template <class Element, int kHeadDim>
+struct QueryGradientEntry {
+  KernelEntry operator()(Variant variant) const { return query_gradient_entry<Element, kHeadDim>(variant); }
+};
+template <class Element, int kHeadDim>
+struct KeyGradientEntry {
+  KernelEntry operator()(Variant variant) const { return key_gradient_entry<Element, kHeadDim>(variant); }
+};
+
+int64_t query_count(const Problem& problem) {
+  return int64_t(problem.axis[0].q_length) * problem.axis[1].q_length * problem.axis[2].q_length;
+}
+
+// Blocks that share the queries of a tile of additional keys: enough to fill a large device.
+int additional_parts(const Problem& problem) {
+  const int64_t tiles = problem.batch * problem.heads_kv * ((problem.additional + 63) / 64);
+  return int(std::min<int64_t>(std::max<int64_t>(512 / tiles, 1), 16));
+}
+
+int64_t statistics_bytes(const Problem& problem) {
+  return int64_t(sizeof(float2)) * problem.batch * query_count(problem) * problem.heads;
+}
+
+int64_t partial_bytes(const Problem& problem) {
+  if (problem.additional == 0) return 0;
+  return 4 * int64_t(additional_parts(problem)) * problem.batch * problem.additional * problem.heads_kv *
+         (problem.head_dim + problem.head_dim_v);
+}
+
+// float2 [B, X, Y, Z, H], contiguous.
+Tensor statistics_tensor(void* workspace, const Problem& problem) {
+  Tensor t{static_cast<char*>(workspace), 0, sizeof(float2), {}, {}};
+  int64_t stride = int64_t(sizeof(float2)) * problem.heads;
+  for (int a = kAxes - 1; a >= 0; --a) {
+    t.axis[a] = stride;
+    t.step[a] = stride * problem.axis[a].dilation;
+    stride *= problem.axis[a].q_length;
+  }
+  t.batch = stride;
+  return t;
+}
+
+void launch_statistics(const BackwardArguments& arguments, const Parameters& p, cudaStream_t stream) {
+  const Problem& problem = arguments.problem;
+  const int64_t rows = query_count(problem) * problem.heads;
+  if (rows == 0 || problem.batch == 0) return;
+  if (rows > INT32_MAX / 2) throw std::invalid_argument("fused_sm80: more than 2^30 queries times heads");
+  StatisticsParameters s{};
+  s.grad_out = p.grad_out;
+  s.out = p.out;
+  s.logsumexp = p.logsumexp;
+  s.grad_logsumexp = p.grad_logsumexp;
+  s.statistics = reinterpret_cast<float2*>(p.statistics.data);
+  s.lanes = 1;
+  while (s.lanes * 8 < problem.head_dim_v) s.lanes *= 2;
+  s.rows_per_item = int(rows);
+  s.head_dim_v = problem.head_dim_v;
+  s.heads = Divisor(problem.heads);
+  for (int a = 0; a < kAxes; ++a) s.length[a] = Divisor(problem.axis[a].q_length);
+  const int64_t blocks_per_item = (rows + kRowThreads / s.lanes - 1) / (kRowThreads / s.lanes);
+  s.blocks_per_item = Divisor(uint32_t(blocks_per_item));
+  const unsigned grid = grid_size(blocks_per_item * problem.batch, "fused_sm80 statistics");
+  if (problem.type == ScalarType::float16) statistics_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
+  else statistics_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
+  check_launch("fused_sm80 statistics");
+}
+
+// The additional keys as a problem of the key gradient kernel: one dense axis of keys, each attended by every query.
+void launch_additional(const BackwardArguments& arguments, Parameters p, const KernelEntry& entry, cudaStream_t stream) {
+  Problem problem = arguments.problem;
+  const int parts = additional_parts(problem), additional = int(problem.additional);
+  p.key = p.additional_key;
+  p.value = p.additional_value;
+  for (int a = 0; a < kAxes; ++a) {
+    Axis& axis = problem.axis[a];
+    const int keys = a == kAxes - 1 ? additional : 1;
+    axis = {-1, 1, 1, 0, max_int(axis.q_length, keys), 0, axis.q_length, 0, keys};
+    p.axis[a] = axis;
+    p.dense[a] = make_group(axis, 0);
+    p.groups[a] = Divisor(1);
+    for (Tensor* t : {&p.query, &p.grad_out, &p.statistics}) t->step[a] = t->axis[a];
+  }
+  p.partial = reinterpret_cast<float*>(static_cast<char*>(arguments.workspace) + statistics_bytes(problem));
+  p.partial_batch = problem.batch;
+  int walked[kAxes] = {1, 1, tile::kRun}, runs = entry.walked_rows / tile::kRun;
+  for (int a = kAxes - 1; a >= 0; --a)
+    for (; runs > 1 && (walked[a] < problem.axis[a].q_length || a == 0); runs /= 2) walked[a] *= 2;
+  launch(entry, p, problem, Side::keys, {1, 1, entry.owned_rows}, walked, parts, stream, "fused_sm80 additional keys");
+
+  SumPartsParameters s{};
+  s.partial = p.partial;
+  const int chunks_per_row = (problem.head_dim + problem.head_dim_v) / 8;
+  s.chunks = problem.batch * additional * problem.heads_kv * chunks_per_row;
+  if (s.chunks > INT32_MAX) throw std::invalid_argument("fused_sm80: too many additional keys");
+  s.part_stride = s.chunks * 8;
+  s.parts = parts;
+  s.head_dim = problem.head_dim;
+  s.chunks_per_row = Divisor(chunks_per_row);
+  s.heads = Divisor(problem.heads_kv);
+  s.additional = Divisor(additional);
+  s.grad_key = make_additional(arguments.grad_additional_keys, kElementBytes);
+  s.grad_value = make_additional(arguments.grad_additional_values, kElementBytes);
+  if (s.chunks == 0) return;
+  const unsigned grid = grid_size((s.chunks + kRowThreads - 1) / kRowThreads, "fused_sm80 sum of parts");
+  if (problem.type == ScalarType::float16) sum_parts_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
+  else sum_parts_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
+  check_launch("fused_sm80 sum of parts");
+}
+
+}  // namespace
+
+// problem.plan, when given: the variants of the query and of the key gradient kernel; or, for each of the two, variant,
+// owned tile (3) and walked box (3).
+void backward(const BackwardArguments& arguments, void* stream_) {
+  const Problem& problem = arguments.problem;
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  check_problem(problem);
+  check_rows(arguments.grad_out, problem, problem.head_dim_v, "grad_out");
+  check_rows(arguments.query, problem, problem.head_dim, "query");
+  check_rows(arguments.key, problem, problem.head_dim, "key");
+  check_rows(arguments.value, problem, problem.head_dim_v, "value");
+  check_rows(arguments.out, problem, problem.head_dim_v, "out");
+  check_rows(arguments.grad_query, problem, problem.head_dim, "grad_query");
+  check_rows(arguments.grad_key, problem, problem.head_dim, "grad_key");
+  check_rows(arguments.grad_value, problem, problem.head_dim_v, "grad_value");
+  if (arguments.workspace_bytes < statistics_bytes(problem) + partial_bytes(problem))
+    throw std::invalid_argument("fused_sm80: the workspace is too small");
+
+  Parameters p = make_parameters(problem);
+  p.query = make_tensor(arguments.query, problem, kElementBytes);
+  p.key = make_tensor(arguments.key, problem, kElementBytes);
+  p.value = make_tensor(arguments.value, problem, kElementBytes);
+  p.out = make_tensor(arguments.out, problem, kElementBytes);
+  p.logsumexp = make_tensor(arguments.logsumexp, problem, sizeof(float));
+  p.grad_out = make_tensor(arguments.grad_out, problem, kElementBytes);
+  p.grad_logsumexp = make_tensor(arguments.grad_logsumexp, problem, sizeof(float));
+  p.grad_query = make_tensor(arguments.grad_query, problem, kElementBytes);
+  p.grad_key = make_tensor(arguments.grad_key, problem, kElementBytes);
+  p.grad_value = make_tensor(arguments.grad_value, problem, kElementBytes);
+  p.statistics = statistics_tensor(arguments.workspace, problem);
+  if (problem.additional > 0) {
+    check_rows(arguments.additional_keys, problem, problem.head_dim, "additional_keys");
+    check_rows(arguments.additional_values, problem, problem.head_dim_v, "additional_values");
+    check_rows(arguments.grad_additional_keys, problem, problem.head_dim, "grad_additional_keys");
+    check_rows(arguments.grad_additional_values, problem, problem.head_dim_v, "grad_additional_values");
+    p.additional_key = make_additional(arguments.additional_keys, kElementBytes);
+    p.additional_value = make_additional(arguments.additional_values, kElementBytes);
+  }
+
+  KernelEntry query_entries[kVariants], key_entries[kVariants];
+  entries_of<QueryGradientEntry>(problem, query_entries);
+  entries_of<KeyGradientEntry>(problem, key_entries);
+  TilePlan query_plan, key_plan;
+  const int* given = problem.plan.values;
+  if (problem.plan.size == 14) {
+    query_plan = read_plan(given, query_entries);
+    key_plan = read_plan(given + 7, key_entries);
+  } else if (problem.plan.size == 0 || problem.plan.size == 2) {
+    query_plan = plan(problem, Side::queries, query_entries, problem.plan.size == 2 ? given[0] : -1);
+    key_plan = plan(problem, Side::keys, key_entries, problem.plan.size == 2 ? given[1] : -1);
+  } else {
+    throw std::invalid_argument("fused_sm80: a backward plan has 2 or 14 numbers");
+  }
+
+  launch_statistics(arguments, p, stream);
+  const KernelEntry& key_entry = key_entries[int(key_plan.variant)];
+  launch(key_entry, p, problem, Side::keys, key_plan.owned, key_plan.walked, 1, stream, "fused_sm80 key gradient");
+  launch(query_entries[int(query_plan.variant)], p, problem, Side::queries, query_plan.owned, query_plan.walked, 1, stream,
+         "fused_sm80 query gradient");
+  if (problem.additional > 0) launch_additional(arguments, p, key_entry, stream);
+}
+
+}  // namespace natten::fused_sm80

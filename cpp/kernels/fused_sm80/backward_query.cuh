@@ -1,0 +1,218 @@
+// Query gradient, deterministic form: a block owns a tile of queries and walks the boxes of keys that they attend.
+#pragma once
+
+#include "kernels/fused_sm80/walk.cuh"
+#include "ptx/math.h"
+#include "ptx/mma.h"
+
+namespace natten::fused_sm80 {
+
+template <class Element_, int kHeadDim_, int kWarps_, int kRowTiles_, int kKeys_, int kStages_, int kBlocksPerSm_>
+struct QueryGradientConfig {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowsPerWarp = 16 * kRowTiles;
+  static constexpr int kQueries = kRowsPerWarp * kWarps;
+  static constexpr int kRing = 4;
+
+  struct Shared {
+    alignas(128) char query[kQueries * kHeadDim * 2];
+    alignas(128) char grad_out[kQueries * kHeadDim * 2];
+    alignas(128) char key[kStages][kKeys * kHeadDim * 2];
+    alignas(128) char value[kStages][kKeys * kHeadDim * 2];
+    Block<kQueries> block;
+    KeyWalk<kKeys, kRing> walk;
+  };
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    query_gradient_kernel(const __grid_constant__ Parameters p) {
+  using Element = typename Config::Element;
+  using Shared = typename Config::Shared;
+  constexpr int kD = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
+  constexpr int kRowTiles = Config::kRowTiles, kRowsPerWarp = Config::kRowsPerWarp;
+  using Tile = tile::SharedTile<kD>;
+  using Load = Loader<kD, Config::kThreads>;
+
+  extern __shared__ __align__(128) char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Block<Config::kQueries>& block = shared.block;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+
+  if (warp == 0) block.template locate<false>(p);
+  shared.walk.fill_run_offsets(p);
+  __syncthreads();
+  if (block.empty()) return;
+
+  const Load load;
+  const uint32_t query_tile = ptx::shared_address(shared.query), grad_out_tile = ptx::shared_address(shared.grad_out);
+  load.template load_owned<Config::kQueries, kRowsPerWarp>(query_tile, p, block, p.query,
+                                                           block.own_origin(p.query, block.head), p.head_dim);
+  load.template load_owned<Config::kQueries, kRowsPerWarp>(grad_out_tile, p, block, p.grad_out,
+                                                           block.own_origin(p.grad_out, block.head), p.head_dim_v);
+  if (threadIdx.x == 0) {
+    shared.walk.start(p, block);
+    for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
+  }
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    load.template zero_padding<kKeys>(shared.key[stage], p.head_dim);
+    load.template zero_padding<kKeys>(shared.value[stage], p.head_dim_v);
+  }
+  block.template fill_table<false>(p);
+  __syncthreads();
+  const int steps = shared.walk.steps;
+  auto load_step = [&](int n) {
+    if (n < steps) {
+      const int stage = n % kStages;
+      if (load.chunk * 8 < p.head_dim)
+        shared.walk.load(n, false, ptx::shared_address(shared.key[stage]), p, block, load);
+      if (load.chunk * 8 < p.head_dim_v)
+        shared.walk.load(n, true, ptx::shared_address(shared.value[stage]), p, block, load);
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll
+  for (int n = 0; n < (kStages > 1 ? kStages - 1 : 1); ++n) load_step(n);
+
+  const RowIndex row_index(p, p.owned.coordinates(warp, lane % kRowsPerWarp));
+  const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
+  const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
+
+  float logsumexp[kRowTiles][2], delta[kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int3 c = p.owned.coordinates(warp, 16 * i + 8 * r + lane / 4);
+      const char* address = block.own_origin(p.statistics, block.head) + box_offset(p.statistics, c);
+      const float2 statistics = block.contains(c) ? *reinterpret_cast<const float2*>(address) : make_float2(0.f, 0.f);
+      logsumexp[i][r] = statistics.x;
+      delta[i][r] = statistics.y;
+    }
+  float grad[kRowTiles][kD / 8][4] = {};
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<(kStages > 2 ? kStages - 2 : 0)>();
+    __syncthreads();  // this step's keys and values have come; those of the step before are used up
+    if constexpr (kStages > 1) load_step(step + kStages - 1);
+    if (threadIdx.x == 0) shared.walk.enter(step + kStages + 1, p, block);
+
+    const int4 box = shared.walk.at(step);
+    const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;
+    const bool additional = (box.w & kAdditionalBox) != 0;
+    if (additional || bounds.needs(own_origin, own_extent)) {
+      const uint32_t key_tile = ptx::shared_address(shared.key[step % kStages]);
+      const uint32_t value_tile = ptx::shared_address(shared.value[step % kStages]);
+      float s[kRowTiles][kKeys / 8][4] = {}, ds[kRowTiles][kKeys / 8][4] = {};
+#pragma unroll
+      for (int k = 0; k < kD / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], query_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t b[4];
+          Tile::load_b(b, key_tile, 16 * n, k, lane);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16(s[i][2 * n], a[i], b[0], b[1], Element());
+            ptx::mma_m16n8k16(s[i][2 * n + 1], a[i], b[2], b[3], Element());
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kD / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], grad_out_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; ++n) {
+          uint32_t b[4];
+          Tile::load_b(b, value_tile, 16 * n, k, lane);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16(ds[i][2 * n], a[i], b[0], b[1], Element());
+            ptx::mma_m16n8k16(ds[i][2 * n + 1], a[i], b[2], b[3], Element());
+          }
+        }
+      }
+      // ds = p (dp - delta)
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            ds[i][j][e] = ptx::exp2(fmaf(s[i][j][e], p.scale_log2, -logsumexp[i][e / 2])) * (ds[i][j][e] - delta[i][e / 2]);
+      if (additional ? (box.w & kWholeBox) == 0 : !bounds.full(own_origin, own_extent)) {
+        const tile::RowMask mask = additional ? tile::RowMask{0xffffu, uint32_t(min(p.additional - box.z, kKeys)) << 16}
+                                              : row_index.mask(p, block, {box.x, box.y, box.z});
+        const uint32_t replicate_z = additional ? 1 : p.box.replicate_z;
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int row_lane = 16 * i + 8 * r + lane / 4;
+            const tile::RowMask row{__shfl_sync(~0u, mask.planes, row_lane), __shfl_sync(~0u, mask.z_range, row_lane)};
+            const uint32_t words = tile::column_words(row, replicate_z, quad);
+#pragma unroll
+            for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                if (!tile::keeps(words, j, e)) ds[i][j][2 * r + e] = 0.f;
+          }
+      }
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float* pair = &ds[i][2 * k + e / 2][2 * (e % 2)];
+            a[i][e] = ptx::pack(pair[0], pair[1], Element());
+          }
+#pragma unroll
+        for (int n = 0; n < kD / 16; ++n) {
+          uint32_t b[4];
+          Tile::load_b_transposed(b, key_tile, 16 * k, n, lane);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            ptx::mma_m16n8k16(grad[i][2 * n], a[i], b[0], b[1], Element());
+            ptx::mma_m16n8k16(grad[i][2 * n + 1], a[i], b[2], b[3], Element());
+          }
+        }
+      }
+    }
+    if constexpr (kStages == 1) {
+      __syncthreads();
+      load_step(step + 1);
+    }
+  }
+
+  ptx::cp_async_wait<0>();
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * i + 8 * r + lane / 4;
+#pragma unroll
+      for (int j = 0; j < kD / 8; ++j)
+        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(warp * kRowsPerWarp + row, j) + 4 * quad) =
+            ptx::pack(grad[i][j][2 * r] * p.scale, grad[i][j][2 * r + 1] * p.scale, Element());
+    }
+  __syncwarp();
+  store_rows<kD, kRowsPerWarp>(shared.query, p, block, warp, lane, p.grad_query,
+                               block.own_origin(p.grad_query, block.head), p.head_dim);
+}
+
+}  // namespace natten::fused_sm80
