@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Examples are drawn from a fixed seed, so a failure in continuous integration repeats anywhere; `HYPOTHESIS_PROFILE=search`
-# draws new and more ones.
+# Examples are drawn from a fixed seed, so a failure in continuous integration repeats anywhere;
+# `HYPOTHESIS_PROFILE=search` draws new and more ones.
 _slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=100, suppress_health_check=_slow, database=None, print_blob=True

@@ -1,7 +1,7 @@
 """Problems for tests, drawn from all that docs/semantics.md allows, with their oracle's results.
 
-`cases()` is a hypothesis strategy; every kernel, device and operator is tested over it. `Case.tensors` makes fresh random
-inputs, `Case.expected` what the float64 oracle says about them.
+`cases()` is a hypothesis strategy; every kernel, device and operator is tested over it. `Case.tensors` makes fresh
+random inputs, `Case.expected` what the float64 oracle says about them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from natten import reference
 from torch import Tensor
+
+from natten import reference
 
 LAYOUTS = ("contiguous", "packed", "heads_first", "padded")
 
@@ -166,7 +167,7 @@ class Case:
         return tuple(self.tensors().differentiable())
 
     def expected(self, inputs: Inputs) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, oracle, magnitude) of out, lse and every gradient, from the inputs' numbers in float64, on their device."""
+        """(name, oracle, magnitude) of out, lse and every gradient, in float64 from the inputs' numbers."""
         tensors = [t.detach().double().requires_grad_() for t in inputs.differentiable()]
         query, key, value, *extra = tensors
         grad_out, grad_lse = inputs.grad_out.double(), inputs.grad_lse.double()

@@ -1,16 +1,17 @@
-"""Every rule on arguments: what breaks it raises before anything runs, and the message names argument, value and rule."""
+"""Every rule on arguments: breaking it raises before anything runs, and the message names argument, value and rule."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-import natten
 import numpy as np
 import pytest
 import torch
-from natten import functional
 from torch import Tensor
+
+import natten
+from natten import functional
 
 EXTENT = 8
 
@@ -44,16 +45,36 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("complex", {"value": torch.ones(SQUARE, dtype=torch.complex64)}, TypeError, "value must be float64.*complex64"),
     ("sparse", {"query": grid(*SQUARE).to_sparse()}, TypeError, "query must be a dense tensor"),
     ("dtypes differ", {"key": grid(*SQUARE, dtype=torch.float64)}, ValueError, "key must have query's dtype.*float64"),
-    ("devices differ", {"value": grid(*SQUARE, device="meta")}, ValueError, "value must be on query's device cpu; got meta"),
+    (
+        "devices differ",
+        {"value": grid(*SQUARE, device="meta")},
+        ValueError,
+        "value must be on query's device cpu; got meta",
+    ),
     ("batch", {"key": grid(3, EXTENT, EXTENT, 2, 4)}, ValueError, "key must have query's batch size 1; got 3"),
-    ("heads", {n: grid(1, EXTENT, EXTENT, 3, 4) for n in ("key", "value")}, ValueError, "key's number of heads.* 3 and 2"),
+    (
+        "heads",
+        {n: grid(1, EXTENT, EXTENT, 3, 4) for n in ("key", "value")},
+        ValueError,
+        "key's number of heads.* 3 and 2",
+    ),
     ("no heads", {n: grid(1, EXTENT, EXTENT, 0, 4) for n in ("query", "key", "value")}, ValueError, "number of heads"),
     ("no channels", {"query": grid(1, EXTENT, EXTENT, 2, 0)}, ValueError, "query's last dimension must be at least 1"),
     ("head dim", {"key": grid(1, EXTENT, EXTENT, 2, 3)}, ValueError, "key must have query's head dim 4; got 3"),
     ("value heads", {"value": grid(1, EXTENT, EXTENT, 1, 4)}, ValueError, "value must have key's shape"),
     ("value grid", {"value": grid(1, EXTENT, 7, 2, 4)}, ValueError, "value must have key's shape"),
-    ("grids differ", {n: grid(1, EXTENT, 7, 2, 4) for n in ("key", "value")}, ValueError, "extent along axis 1.*8 and 7"),
-    ("no tokens", {n: grid(1, 0, 8, 2, 4) for n in ("query", "key", "value")}, ValueError, "query must hold.*axis 0; got 0"),
+    (
+        "grids differ",
+        {n: grid(1, EXTENT, 7, 2, 4) for n in ("key", "value")},
+        ValueError,
+        "extent along axis 1.*8 and 7",
+    ),
+    (
+        "no tokens",
+        {n: grid(1, 0, 8, 2, 4) for n in ("query", "key", "value")},
+        ValueError,
+        "query must hold.*axis 0; got 0",
+    ),
     ("channel stride", {"query": grid(1, 8, 8, 4, 2).mT}, ValueError, "query's last dimension must have stride 1"),
     ("kernel_size missing", {"kernel_size": None}, TypeError, "kernel_size must be an int along axis 0; got None"),
     ("kernel_size 0", {"kernel_size": 0}, ValueError, "kernel_size must be at least 1.*got 0 along axis 0"),
@@ -104,17 +125,42 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("q_start negative", {"q_start": -1, "extent": 9}, ValueError, "q_start must not be negative; got -1 along axis 0"),
     ("q_start beyond", {"q_start": (0, 1)}, ValueError, r"q_start \+ length must not exceed the extent 8 along axis 1"),
-    ("kv_start beyond", {"kv_start": 1, "extent": 8}, ValueError, r"kv_start \+ length .* extent 8 along axis 0; got 1"),
+    (
+        "kv_start beyond",
+        {"kv_start": 1, "extent": 8},
+        ValueError,
+        r"kv_start \+ length .* extent 8 along axis 0; got 1",
+    ),
     ("extent short", {"extent": 7}, ValueError, "must not exceed the extent 7 along axis 0"),
     ("extent float", {"extent": 8.0}, TypeError, "extent must be an int"),
-    ("key missing after", {"extent": 9}, ValueError, "global coordinate 7 along axis 0 needs the key at 8.*cover .0, 8"),
-    ("key missing before", {"kv_start": 1, "q_start": 1, "extent": 9}, ValueError, "coordinate 1 .* needs the key at 0"),
+    (
+        "key missing after",
+        {"extent": 9},
+        ValueError,
+        "global coordinate 7 along axis 0 needs the key at 8.*cover .0, 8",
+    ),
+    (
+        "key missing before",
+        {"kv_start": 1, "q_start": 1, "extent": 9},
+        ValueError,
+        "coordinate 1 .* needs the key at 0",
+    ),
     ("kernel unknown", {"kernel": "fast"}, ValueError, "kernel must be one of cpu_naive, cpu, .*'fast'"),
-    ("kernel of another device", {"kernel": "naive"}, ValueError, "kernel naive cannot run forward here: it runs on cuda"),
+    (
+        "kernel of another device",
+        {"kernel": "naive"},
+        ValueError,
+        "kernel naive cannot run forward here: it runs on cuda",
+    ),
     ("backend unknown", {"backend": "blackwell-fna"}, ValueError, "backend must be one of .*'blackwell-fna'"),
-    ("backend and kernel", {"backend": "flex-fna", "kernel": "cpu"}, ValueError, "kernel and backend exclude each other"),
+    (
+        "backend and kernel",
+        {"backend": "flex-fna", "kernel": "cpu"},
+        ValueError,
+        "kernel and backend exclude each other",
+    ),
     ("tile shape", {"q_tile_shape": (0, 8)}, ValueError, "q_tile_shape must hold positive ints"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), WRONG, ids=[row[0] for row in WRONG])
@@ -196,14 +242,16 @@ def test_extent_defaults_to_the_end_of_the_keys() -> None:
 
 # The public NATTEN package's parameters, in its order.
 NA = (
-    "query key value kernel_size stride dilation is_causal scale additional_keys additional_values attention_kwargs backend "
-    "q_tile_shape kv_tile_shape backward_q_tile_shape backward_kv_tile_shape backward_kv_splits backward_use_pt_reduction "
-    "run_persistent_kernel kernel_schedule torch_compile return_lse"
+    "query key value kernel_size stride dilation is_causal scale additional_keys additional_values "
+    "attention_kwargs backend q_tile_shape kv_tile_shape backward_q_tile_shape backward_kv_tile_shape "
+    "backward_kv_splits backward_use_pt_reduction run_persistent_kernel kernel_schedule torch_compile "
+    "return_lse"
 )
 ATTENTION = (
-    "query key value is_causal scale seqlens_Q seqlens_KV cumulative_seqlen_Q cumulative_seqlen_KV max_seqlen_Q max_seqlen_KV "
-    "backend q_tile_size kv_tile_size backward_q_tile_size backward_kv_tile_size backward_kv_splits "
-    "backward_use_pt_reduction run_persistent_kernel kernel_schedule torch_compile return_lse"
+    "query key value is_causal scale seqlens_Q seqlens_KV cumulative_seqlen_Q cumulative_seqlen_KV "
+    "max_seqlen_Q max_seqlen_KV backend q_tile_size kv_tile_size backward_q_tile_size "
+    "backward_kv_tile_size backward_kv_splits backward_use_pt_reduction run_persistent_kernel "
+    "kernel_schedule torch_compile return_lse"
 )
 MODULE = "embed_dim num_heads kernel_size stride dilation is_causal qkv_bias qk_scale proj_drop"
 
@@ -232,8 +280,9 @@ def test_every_compatible_argument_is_accepted(rank: int) -> None:
     function = (natten.na1d, natten.na2d, natten.na3d)[rank - 1]
     arguments = tensors(rank)
     expected = function(**arguments, kernel_size=3)
+    tile = (8,) * rank
     result = function(
-        *arguments.values(), 3, 1, 1, False, None, None, None, {"backend": "flex-fmha"}, "flex-fna", (8,) * rank, (8,) * rank,
-        (8,) * rank, (8,) * rank, (1,) * rank, False, True, "pp", False, False,
+        *arguments.values(), 3, 1, 1, False, None, None, None, {"backend": "flex-fmha"}, "flex-fna",
+        tile, tile, tile, tile, (1,) * rank, False, True, "pp", False, False,
     )  # fmt: skip
     assert torch.equal(result, expected)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import natten
 import pytest
 import torch
 from torch import Tensor
+
+import natten
 
 Function = Callable[..., Tensor]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import natten
 import pytest
 import torch
+
+import natten
 from natten import _library, dispatch
 from natten._library import BuildInfo
 from natten.dispatch import FAMILIES, Kernel
@@ -111,7 +112,7 @@ def test_library_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         RuntimeError, match="this build of natten holds no CUDA kernels; install a CUDA wheel, or build"
     ):
         explain_cuda()
-    with pytest.raises(ValueError, match="fused_sm90 cannot run forward here: .*holds no CUDA kernels"):
+    with pytest.raises(ValueError, match=r"fused_sm90 cannot run forward here: .*holds no CUDA kernels"):
         explain_cuda(kernel="fused_sm90")
 
 
@@ -186,7 +187,7 @@ def test_forced_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     natten.na1d(*tensors, 3, kernel="cpu")
     assert used == [0, 1, 0, 0, 1]
     monkeypatch.setattr(dispatch, "forced_by_environment", "fastest")
-    with pytest.raises(ValueError, match="NATTEN_KERNEL must be one of .*'fastest'"):
+    with pytest.raises(ValueError, match=r"NATTEN_KERNEL must be one of .*'fastest'"):
         natten.na1d(*tensors, 3)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import natten
 import pytest
 import torch
-from natten import reference
 from problems import AxisCase, Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+import natten
+from natten import reference
 
 
 def whole_axis(length: int, kernel_size: int = 3, causal: bool = False) -> AxisCase:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import natten
 import pytest
 import torch
 from problems import AxisCase, Case
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+
+import natten
 
 FUNCTIONS = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}
 CASES = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import natten
 import pytest
 import torch
 from hypothesis import given, settings
-from natten import reference
 from problems import Case, cases
 from tolerances import TOLERANCES, assert_close
+
+import natten
+from natten import reference
 
 KERNELS = ("cpu", "cpu_naive")
 FUNCTIONS = {1: natten.na1d, 2: natten.na2d, 3: natten.na3d}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import natten
 import pytest
 import torch
 from torch import nn
+
+import natten
 
 MODULES: dict[int, Any] = {
     1: natten.NeighborhoodAttention1D, 2: natten.NeighborhoodAttention2D, 3: natten.NeighborhoodAttention3D,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import natten
 import pytest
 import torch
 from hypothesis import given, settings
-from natten.dispatch import Kernel
 from problems import AxisCase, Case, Inputs, cases
 from torch import Tensor
+
+import natten
+from natten.dispatch import Kernel
 
 ops = torch.ops.natten
 KERNELS = (Kernel.cpu, Kernel.cpu_naive)

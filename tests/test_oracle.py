@@ -1,4 +1,4 @@
-"""The definition of the window, consequence by consequence, on the oracle; and the dispatcher's own window arithmetic."""
+"""The definition of the window, consequence by consequence, on the oracle; and the package's own window arithmetic."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 from hypothesis import given
+from problems import AxisCase, Case, axis_cases, cases
+
 from natten import reference
 from natten._problem import Axis
-from problems import AxisCase, Case, axis_cases, cases
 
 
 def members(length: int, k: int, s: int = 1, d: int = 1, causal: bool = False) -> torch.Tensor:

@@ -70,6 +70,10 @@ class Prepared:
         return self.backward
 
 
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(-1), tensor.dtype, tensor.device
+
+
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
@@ -134,18 +138,8 @@ def attend(
             requires_grad,
             flags,
             context._memory_usage,
-            None
-            if additional_keys is None and additional_values is None
-            else (
-                additional_keys.shape,
-                additional_values.shape,
-                additional_keys.dtype,
-                additional_values.dtype,
-                additional_keys.device,
-                additional_values.device,
-                additional_keys.stride(-1),
-                additional_values.stride(-1),
-            ),
+            None if additional_keys is None else _signature(additional_keys),
+            None if additional_values is None else _signature(additional_values),
             None if q_start is None and kv_start is None and extent is None else (q_start, kv_start, extent),
         )
         call = _prepared.get(signature)
@@ -226,9 +220,11 @@ def _fused_forward(
     out = query.new_empty((*rows, value.shape[-1]))
     lse = query.new_empty(rows, dtype=call.lse_dtype)
     if call.aligned:
-        query, key, value = _unfused.aligned(query), _unfused.aligned(key), _unfused.aligned(value)
+        kernel = Kernel(call.kernel)
+        query, key, value = (_unfused.prepared(tensor, kernel) for tensor in (query, key, value))
         if additional_keys is not None and additional_values is not None:
-            additional_keys, additional_values = _unfused.aligned(additional_keys), _unfused.aligned(additional_values)
+            additional_keys = _unfused.prepared(additional_keys, kernel)
+            additional_values = _unfused.prepared(additional_values, kernel)
     torch.ops.natten.na_forward.default(
         query,
         key,
@@ -267,18 +263,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         call: Prepared = ctx.call
-        query, key, value, additional_keys, additional_values, out, lse = ctx.saved_tensors
+        query, key, value, additional_keys, additional_values, out, lse = tensors = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         if torch.is_grad_enabled():
             # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
-            return _backward_with_graph(ctx, grad_out, grad_lse)
+            return _backward_with_graph(ctx, tensors[:5], grad_out, grad_lse)
         kernel, plan, workspace_bytes = call.choose_backward()
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        prepare = _unfused.aligned if FAMILIES[Kernel(kernel)].aligned else _unfused.rows
-        inputs = [prepare(t) for t in (grad_out, query, key, value)]
-        extra = [None if t is None else prepare(t) for t in (additional_keys, additional_values)]
+        inputs = [_unfused.prepared(t, Kernel(kernel)) for t in (grad_out, query, key, value)]
+        extra = [
+            None if t is None else _unfused.prepared(t, Kernel(kernel)) for t in (additional_keys, additional_values)
+        ]
         grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
         extra_grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in extra]
         workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
@@ -301,9 +298,10 @@ class _Attention(torch.autograd.Function):
         return (None, *grads, *extra_grads)
 
 
-def _backward_with_graph(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _backward_with_graph(
+    ctx: Any, tensors: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Any, ...]:
     call: Prepared = ctx.call
-    tensors = ctx.saved_tensors[:5]
     kernel = call.forced if call.forced is not None and call.forced in _UNFUSED_KERNELS else None
     query, key, value, additional_keys, additional_values = tensors
     outputs = composite(call.problem, query, key, value, additional_keys, additional_values, kernel)

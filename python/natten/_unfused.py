@@ -75,13 +75,15 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it where its rows do not start at multiples of 16 bytes or have gaps."""
-    elements = 16 // tensor.dtype.itemsize
-    *strides, channel = tensor.stride()
-    if channel != 1:
+def prepared(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """`tensor`, or a copy of it where the kernel needs aligned rows and it has others."""
+    family = FAMILIES[kernel]
+    if tensor.stride(-1) != 1:
         return rows(tensor)
-    for offset in (*strides, tensor.storage_offset()):
+    if not family.aligned:
+        return tensor
+    elements = 16 // tensor.dtype.itemsize
+    for offset in (*tensor.stride()[:-1], tensor.storage_offset()):
         remainder = offset % elements
         if isinstance(remainder, SymInt):
             from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -89,19 +91,17 @@ def aligned(tensor: Tensor) -> Tensor:
             remainder = 0 if statically_known_true(remainder == 0) else 1
         if remainder:
             return tensor.clone(memory_format=torch.contiguous_format)
+    if family.positive_strides and any(isinstance(s, int) and s == 0 for s in tensor.stride()):
+        return tensor.clone(memory_format=torch.contiguous_format)
     return tensor
-
-
-def _prepare(tensor: Tensor, kernel: Kernel) -> Tensor:
-    return aligned(tensor) if FAMILIES[kernel].aligned else rows(tensor)
 
 
 def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, forced: Kernel | None) -> Tensor:
     kernel = choose(problem, Operation.qk, forced).kernel
     attention = query.new_empty((*query.shape[:-1], problem.slots))
     torch.ops.natten.na_qk.default(
-        _prepare(query, kernel),
-        _prepare(key, kernel),
+        prepared(query, kernel),
+        prepared(key, kernel),
         None if rpb is None else rpb.contiguous(),
         attention,
         problem.window,
@@ -118,7 +118,7 @@ def _raw_av(problem: Problem, attention: Tensor, value: Tensor, forced: Kernel |
     out = attention.new_empty((*attention.shape[:-1], value.shape[-1]))
     torch.ops.natten.na_av.default(
         rows(attention),
-        _prepare(value, kernel),
+        prepared(value, kernel),
         out,
         problem.window,
         problem.scale,
@@ -134,7 +134,7 @@ def _raw_inverse_av(problem: Problem, attention: Tensor, source: Tensor, forced:
     out = source.new_empty((problem.batch, *problem.kv_grid, problem.heads_kv, source.shape[-1]))
     torch.ops.natten.na_inverse_av.default(
         rows(attention),
-        _prepare(source, kernel),
+        prepared(source, kernel),
         out,
         problem.window,
         problem.scale,

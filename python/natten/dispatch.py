@@ -71,6 +71,10 @@ class Family:
     tile_queries: int = 1
     #: Whether addresses and strides must be multiples of 16 bytes; other tensors are copied first.
     aligned: bool = False
+    #: Whether strides must be positive as well: expanded tensors are copied first.
+    positive_strides: bool = False
+    #: Whether the scale must be positive.
+    positive_scale: bool = False
     #: Whether fused attention is composed of qk, softmax and av, and stores the attention weights.
     composite: bool = False
     #: Bytes of scratch memory that `backward` needs.
@@ -80,6 +84,16 @@ class Family:
 def _delta_bytes(problem: Problem) -> int:
     """One number per query and head: the row sums of grad_out * out, in the type of logsumexp."""
     return problem.batch * problem.queries * problem.heads * (8 if problem.dtype == torch.float64 else 4)
+
+
+def _fused_sm80_bytes(problem: Problem) -> int:
+    """Two numbers per query and head; partial sums of the additional keys' gradients (fused_sm80/backward.cu)."""
+    statistics = 8 * problem.batch * problem.queries * problem.heads
+    if isinstance(problem.additional, int) and problem.additional == 0:
+        return statistics
+    rows = problem.batch * problem.heads_kv
+    parts = min(max(512 // (rows * -(-problem.additional // 64)), 1), 16) if rows else 0
+    return statistics + 4 * parts * rows * problem.additional * (problem.head_dim + problem.head_dim_v)
 
 
 FAMILIES: Mapping[Kernel, Family] = {
@@ -120,7 +134,7 @@ FAMILIES: Mapping[Kernel, Family] = {
             minimum_capability=(8, 0),
             tile_queries=64,
             aligned=True,
-            workspace_bytes=_delta_bytes,
+            workspace_bytes=_fused_sm80_bytes,
         ),
         Family(
             Kernel.fused_sm90,
@@ -133,7 +147,8 @@ FAMILIES: Mapping[Kernel, Family] = {
             exact_capability=(9, 0),
             tile_queries=128,
             aligned=True,
-            workspace_bytes=_delta_bytes,
+            positive_strides=True,
+            positive_scale=True,
         ),
     )
 }
@@ -327,6 +342,8 @@ def _rejection(
             return f"needs a {name} that is a multiple of {family.head_dim_multiple}, not {size}"
         if family.head_dim_maximum is not None and size > family.head_dim_maximum:
             return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
+    if family.positive_scale and problem.scale <= 0:
+        return f"needs a positive scale, not {problem.scale}"
     if family.device == "cuda":
         return architecture or _capability_problem(family, capability)
     return None

@@ -7,6 +7,7 @@ Names and keywords are those of the public NATTEN package, so that programs writ
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol, cast, overload
@@ -288,7 +289,6 @@ _DOCUMENTATION = """{rank}-D neighborhood attention: each query attends the keys
 
 
 def _of_rank(rank: int) -> NeighborhoodAttention:
-    @functools.wraps(neighborhood_attention_generic, assigned=(), updated=())
     def function(query: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(query, Tensor) and query.dim() != rank + 3:
             raise ValueError(
@@ -301,6 +301,7 @@ def _of_rank(rank: int) -> NeighborhoodAttention:
     function.__name__ = function.__qualname__ = f"na{rank}d"
     function.__module__ = __name__
     function.__doc__ = _DOCUMENTATION.format(rank=rank, axes=axes)
+    function.__signature__ = inspect.signature(neighborhood_attention_generic)  # type: ignore[attr-defined]
     return cast(NeighborhoodAttention, function)
 
 
