@@ -4,7 +4,7 @@ Every pixel is a token. Blocks alternate plain and dilated 3 x 3 windows, as in 
 Transformer (Hassani and Shi, 2022). A stratified split keeps 20 % of the 1,797 images for the test; split, initial
 weights and the order of the batches are fixed by --seed. The program ends with an error below 97 % test accuracy.
 
-    python examples/digits.py [--epochs 20] [--seed 0] [--picture windows.png]
+    python examples/digits.py [--epochs 20] [--seed 0] [--picture build/windows.png]
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--picture", type=Path, default=Path("windows.png"), help="where to write the picture of windows"
+        "--picture", type=Path, default=Path("build/windows.png"), help="where to write the picture of windows"
     )
     options = parser.parse_args()
 

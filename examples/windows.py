@@ -164,7 +164,7 @@ def draw(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path, nargs="?", default=Path("windows.png"))
+    parser.add_argument("picture", type=Path, nargs="?", default=Path("build/windows.png"))
     draw(parser.parse_args().picture)
 
 
