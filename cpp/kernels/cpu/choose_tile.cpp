@@ -4,17 +4,20 @@
 namespace natten::cpu {
 namespace {
 
-constexpr int kMostVectors = 4;   // of one register block, as in products.h
-constexpr double kCallCost = 30;  // one product call, in vector instructions
+constexpr int kMostVectors = 4;  // of one register block, as in products.h
 constexpr int kMostSampledTiles = 64;
-constexpr double kLatencyAccumulators = 8;  // two multiply-adds a cycle, four cycles each
 
-// Instructions per multiply-add of a register block of m tokens x n vectors: both a cycle's loads and the latency limit
-// it.
-double block_cost(int m, int n, int parts) {
-  const double latency = std::max(1.0, kLatencyAccumulators / (m * n * parts));
-  const double loads = double(m + n) / (m * n);
-  return std::max({1.0, latency, loads});
+// In slots of a processor that does two vector instructions a cycle; fitted to measured times of all shapes.
+constexpr double kTileCost = 1500;          // of a tile, besides its products
+constexpr double kCallCost = 30;            // of a call of a product
+constexpr double kLatencyAccumulators = 8;  // multiply-adds in flight: two a cycle, four cycles each
+constexpr double kScoresLoadCost = 4;       // of a streamed vector, which comes from the second cache,
+constexpr double kCombineLoadCost = 2;      // and which other rows of the tile have brought to the first
+
+// Slots per multiply-add of a register block of m tokens x n vectors: latency or loads may be the limit.
+double block_cost(int m, int n, int parts, double load_cost) {
+  const double products = m * n;
+  return std::max({products, kLatencyAccumulators / parts, load_cost * n + m}) / products;
 }
 
 // Size of the nearly equal parts, of at most `most`, that `total` is cut into.
@@ -49,6 +52,7 @@ AxisCost axis_cost(const Windows& windows, int tile, int fold, int lanes) {
 TileShape choose_tile(const GridGroup& group, Stationary side, const TileWork& work, int lanes, int accumulators,
                       int most_fold) {
   const Windows &row_windows = windows_of(group, 1, side), &column_windows = windows_of(group, 2, side);
+  const double outer = std::max(axis_cost(windows_of(group, 0, side), 1, 1, 1).seen, 1.0);
   TileShape best{1, 1, 1};
   double best_cost = -1;
   for (const int columns : {1, 2, 3, 4, 6, 8, 12, 16, 24}) {
@@ -67,10 +71,11 @@ TileShape choose_tile(const GridGroup& group, Stationary side, const TileWork& w
       const int combine_n = part(work.combine_vectors, kMostVectors);
       const int combine_m = part(columns, accumulators / combine_n);
       const int parts = combine_m * combine_n <= accumulators / 3 ? 2 : 1;
-      const double per_row = column.lanes / lanes * (work.score_channels * block_cost(m, n, 1) + work.softmax) +
-                             column.together * fold * work.combine_vectors * block_cost(combine_m, combine_n, parts);
+      const double per_row =
+          column.lanes / lanes * (work.score_channels * block_cost(m, n, 1, kScoresLoadCost) + work.softmax) +
+          column.together * fold * work.combine_vectors * block_cost(combine_m, combine_n, parts, kCombineLoadCost);
       const double calls = (ceil_div(vectors, n) + 1.0) * kCallCost / tokens;
-      const double cost = row.seen * (per_row + calls);
+      const double cost = row.seen * (per_row + calls) + kTileCost / (rows * columns) / outer;
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
         best = {rows, columns, fold};

@@ -1,4 +1,4 @@
-// What the driver (fast.cpp) hands to the code that is compiled once per instruction set: plain data, no functions.
+// What the driver (driver.h) hands to the code that is compiled once per instruction set: plain data, no functions.
 //
 // A pass over one dilation group has a stationary side, cut into tiles, and a streaming side, packed for vectors. In
 // the forward pass and for dQ queries are stationary and keys stream; for dK and dV it is the other way round, through
