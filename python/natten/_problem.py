@@ -61,10 +61,27 @@ class Axis(NamedTuple):
         if not self.has_holes:
             return queries * self.slots
         total = 0
-        for coordinate in range(self.q_start, self.q_start + queries):
-            start, end = self.window(coordinate % self.dilation, coordinate // self.dilation)
-            total += end - start
+        for group in range(min(self.dilation, queries)):
+            first = self.q_start + group  # the first query of its dilation group
+            begin = first // self.dilation
+            end = begin + -(-(queries - group) // self.dilation)  # positions [begin, end) in the group
+            length = -(-(self.extent - first % self.dilation) // self.dilation)
+            if self.causal:
+                total += (begin + 1 + end) * (end - begin) // 2
+                total -= self._sum_of_starts(end, length) - self._sum_of_starts(begin, length)
+            else:
+                total += (end - begin) * length
         return total
+
+    def _sum_of_starts(self, count: int, length: int) -> int:
+        """Sum of the causal windows' first positions over the first `count` positions of a group."""
+        kernel_size, stride = length if self.kernel_size == -1 else self.kernel_size, self.stride
+        blocks, rest = divmod(count, stride)
+        first = max(-(-(kernel_size - stride) // stride), 0)  # block whose window does not start at 0
+        later = max(blocks - first, 0)
+        total = stride * (later * (stride - kernel_size) + stride * (first + blocks - 1) * later // 2)
+        leader = min((blocks + 1) * stride, length) - 1
+        return total + rest * max(leader - kernel_size + 1, 0)
 
     def missing_key(self, queries: int, keys: int) -> tuple[int, int] | None:
         """A global (query, key) pair whose key is needed but was not passed, or None."""

@@ -91,8 +91,9 @@ def _fused_sm80_bytes(problem: Problem) -> int:
     statistics = 8 * problem.batch * problem.queries * problem.heads
     if isinstance(problem.additional, int) and problem.additional == 0:
         return statistics
-    rows = problem.batch * problem.heads_kv
-    parts = min(max(512 // (rows * -(-problem.additional // 64)), 1), 16) if rows else 0
+    rows, parts = problem.batch * problem.heads_kv, 16
+    if isinstance(rows, int) and isinstance(problem.additional, int):
+        parts = min(max(512 // max(rows * -(-problem.additional // 64), 1), 1), 16)
     return statistics + 4 * parts * rows * problem.additional * (problem.head_dim + problem.head_dim_v)
 
 
@@ -495,6 +496,10 @@ def candidates(
     return tuple(result)
 
 
+_MAX_DECISIONS = 4096
+_decisions: dict[tuple[object, ...], Decision] = {}
+
+
 def choose(
     problem: Problem,
     operation: Operation,
@@ -506,6 +511,27 @@ def choose(
 
     Raises `ValueError` when the forced kernel cannot run the call and `RuntimeError` when none can, with the reasons.
     """
+    settings = (context.get_memory_usage_preference(), _library.build_info)
+    signature = (problem, operation, forced, capability, requires_grad, settings)
+    try:
+        decision = _decisions.get(signature)
+    except TypeError:  # a symbol is not hashable
+        return _decide(problem, operation, forced, capability, requires_grad)
+    if decision is None:
+        decision = _decide(problem, operation, forced, capability, requires_grad)
+        if len(_decisions) >= _MAX_DECISIONS:
+            _decisions.clear()
+        _decisions[signature] = decision
+    return decision
+
+
+def _decide(
+    problem: Problem,
+    operation: Operation,
+    forced: Kernel | None,
+    capability: tuple[int, int] | None,
+    requires_grad: bool,
+) -> Decision:
     standing = candidates(problem, operation, capability, requires_grad)
     if forced is not None:
         mine = standing[list(FAMILIES).index(forced)]
@@ -517,8 +543,11 @@ def choose(
         possible = [c for c in standing if c.rejected is None and c.milliseconds is not None]
         if not possible:
             _library.require_library()
-            reasons = "; ".join(f"{c.kernel.name}: {c.rejected}" for c in standing)
-            raise RuntimeError(f"no kernel can run {operation.value} on {problem.device}. {reasons}")
+            mine = [c for c in standing if FAMILIES[c.kernel].device == _device_type(problem.device)]
+            if not mine:
+                raise RuntimeError(f"no kernel runs on {problem.device.type}; tensors must be on cpu or cuda")
+            reasons = "; ".join(dict.fromkeys(f"{c.rejected}" for c in mine))
+            raise RuntimeError(f"no kernel can run {operation.value} on {problem.device}: {reasons}")
         chosen = min(possible, key=lambda c: c.milliseconds or 0.0)
     family = FAMILIES[chosen.kernel]
     workspace = family.workspace_bytes(problem) if operation is Operation.backward else 0
