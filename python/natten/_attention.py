@@ -53,10 +53,10 @@ class Prepared:
         self.scale = problem.scale
         self.flags = problem.flags
         self.lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-        self.backward: tuple[int, list[int], int] | None = None
+        self.backward: tuple[Kernel, list[int], int, bool] | None = None
 
-    def choose_backward(self) -> tuple[int, list[int], int]:
-        """Kernel, plan and workspace bytes of the backward pass.
+    def choose_backward(self) -> tuple[Kernel, list[int], int, bool]:
+        """Kernel, plan and workspace bytes of the backward pass, and whether it needs aligned tensors.
 
         A kernel forced for the call is forced here too, where it has a backward pass; the others' results are
         interchangeable.
@@ -66,7 +66,8 @@ class Prepared:
             if forced is not None and Operation.backward not in FAMILIES[forced].operations:
                 forced = None
             decision = choose(self.problem, Operation.backward, forced)
-            self.backward = (int(decision.kernel), list(decision.plan), decision.workspace_bytes)
+            family = decision.family
+            self.backward = (decision.kernel, list(decision.plan), decision.workspace_bytes, family.aligned)
         return self.backward
 
 
@@ -269,33 +270,34 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
             return _backward_with_graph(ctx, tensors[:5], grad_out, grad_lse)
-        kernel, plan, workspace_bytes = call.choose_backward()
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        inputs = [_unfused.prepared(t, Kernel(kernel)) for t in (grad_out, query, key, value)]
-        extra = [
-            None if t is None else _unfused.prepared(t, Kernel(kernel)) for t in (additional_keys, additional_values)
-        ]
-        grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
-        extra_grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in extra]
+        kernel, plan, workspace_bytes, aligned = call.choose_backward()
+        grad_out = torch.zeros_like(out) if grad_out is None else _unfused.rows(grad_out)
+        if aligned:
+            grad_out, query, key, value = (_unfused.prepared(t, kernel) for t in (grad_out, query, key, value))
+            if additional_keys is not None:
+                additional_keys = _unfused.prepared(additional_keys, kernel)
+                additional_values = _unfused.prepared(additional_values, kernel)
+        grads = [None if t is None else t.new_empty(t.shape) for t in tensors[:5]]
         workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
         torch.ops.natten.na_backward.default(
-            inputs[0],
+            grad_out,
             None if grad_lse is None else grad_lse.to(lse.dtype),
-            *inputs[1:],
-            *extra,
+            query,
+            key,
+            value,
+            additional_keys,
+            additional_values,
             out,
             lse,
             *grads,
-            *extra_grads,
             workspace,
             call.window,
             call.scale,
-            kernel,
+            int(kernel),
             call.flags,
             plan,
         )
-        return (None, *grads, *extra_grads)
+        return (None, *grads)
 
 
 def _backward_with_graph(

@@ -543,10 +543,10 @@ def _decide(
         possible = [c for c in standing if c.rejected is None and c.milliseconds is not None]
         if not possible:
             _library.require_library()
-            mine = [c for c in standing if FAMILIES[c.kernel].device == _device_type(problem.device)]
-            if not mine:
+            local = [c for c in standing if FAMILIES[c.kernel].device == _device_type(problem.device)]
+            if not local:
                 raise RuntimeError(f"no kernel runs on {problem.device.type}; tensors must be on cpu or cuda")
-            reasons = "; ".join(dict.fromkeys(f"{c.rejected}" for c in mine))
+            reasons = "; ".join(dict.fromkeys(f"{c.rejected}" for c in local))
             raise RuntimeError(f"no kernel can run {operation.value} on {problem.device}: {reasons}")
         chosen = min(possible, key=lambda c: c.milliseconds or 0.0)
     family = FAMILIES[chosen.kernel]
