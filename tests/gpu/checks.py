@@ -49,12 +49,19 @@ def head_dims(kernel: Kernel, dtype: torch.dtype) -> list[int]:
     return [dim for dim in HEAD_DIMS if dim % family.head_dim_multiple == 0 and least <= dim <= most]
 
 
-def takes(kernel: Kernel, case: Case, dtype: torch.dtype) -> bool:
-    """Whether the kernel's stated support covers the case."""
-    dims = (case.head_dim, case.head_dim_v)
-    family = FAMILIES[kernel]
-    most = family.head_dim_maximum or max(dims)
-    return dtype in family.dtypes and all(dim % family.head_dim_multiple == 0 and dim <= most for dim in dims)
+def refusal(kernel: Kernel, case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel states that it does not take the case, or None."""
+    shapes = [
+        (case.batch, *case.q_grid, case.heads, case.head_dim),
+        (case.batch, *case.kv_grid, case.heads_kv, case.head_dim),
+        (case.batch, *case.kv_grid, case.heads_kv, case.head_dim_v),
+    ]
+    arguments: dict[str, Any] = {**case.window_arguments, "scale": case.scale, "dtype": dtype, "device": device}
+    try:
+        natten.explain(*shapes, **arguments, kernel=kernel, requires_grad=False)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Poison:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checks import LONGEST, axis, check_attention, examples, head_dims, takes
+from checks import LONGEST, axis, check_attention, examples, head_dims, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from ledger import Ledger
@@ -19,9 +19,12 @@ def drawn(kernel: Kernel, dtype: torch.dtype, additional: bool = True) -> st.Sea
     """Any problem that the kernel takes. Explicit scales are relative to the default one: logits of tens, as a scale of
     1.5 makes at head dim 128, would turn the rounding of any logit into a relative error of its weight.
     """
+    positive = FAMILIES[kernel].positive_scale
 
     def relative(case: Case) -> Case:
-        return case if case.scale is None else replace(case, scale=case.scale * case.head_dim**-0.5)
+        if case.scale is None or (positive and case.scale <= 0):
+            return replace(case, scale=None)
+        return replace(case, scale=case.scale * case.head_dim**-0.5)
 
     return cases(longest=LONGEST, head_dims=head_dims(kernel, dtype), additional=additional).map(relative)
 
@@ -30,9 +33,13 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def skip_unless(kernel: Kernel, case: Case | None, dtype: torch.dtype) -> None:
-    if dtype not in FAMILIES[kernel].dtypes or (case is not None and not takes(kernel, case, dtype)):
-        pytest.skip(f"not for {kernel.name}")
+def skip_unless(kernel: Kernel, case: Case | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Skips what the kernel states that it does not take."""
+    if dtype not in FAMILIES[kernel].dtypes:
+        pytest.skip(f"{kernel.name} does not take {dtype}")
+    reason = None if case is None else refusal(kernel, case, dtype, device)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @of_dtype
@@ -41,7 +48,7 @@ def skip_unless(kernel: Kernel, case: Case | None, dtype: torch.dtype) -> None:
 def test_drawn_problems(
     ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    skip_unless(kernel, None, dtype)
+    skip_unless(kernel, None, dtype, device)
     case = data.draw(drawn(kernel, dtype))
     check_attention(ledger, case, kernel, dtype, device)
 
@@ -49,7 +56,7 @@ def test_drawn_problems(
 @examples(30)
 @given(data=st.data())
 def test_drawn_problems_with_tf32(ledger: Ledger, kernel: Kernel, device: torch.device, data: st.DataObject) -> None:
-    skip_unless(kernel, None, torch.float32)
+    skip_unless(kernel, None, torch.float32, device)
     case = data.draw(drawn(kernel, torch.float32))
     check_attention(ledger, case, kernel, torch.float32, device, allow_tf32=True)
 
@@ -98,13 +105,13 @@ DIRECTED = {
 @pytest.mark.parametrize("name", DIRECTED)
 def test_directed_problems(ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, name: str) -> None:
     case = DIRECTED[name]
-    skip_unless(kernel, case, dtype)
+    skip_unless(kernel, case, dtype, device)
     check_attention(ledger, case, kernel, dtype, device)
 
 
 @of_dtype
 def test_every_head_dim(ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
-    skip_unless(kernel, None, dtype)
+    skip_unless(kernel, None, dtype, device)
     for dim in head_dims(kernel, dtype):
         case = Case((axis(19, 7), axis(16, 5, 2)), heads=2, head_dim=dim, head_dim_v=dim)
         check_attention(ledger, case, kernel, dtype, device)
@@ -113,7 +120,7 @@ def test_every_head_dim(ledger: Ledger, kernel: Kernel, device: torch.device, dt
 @of_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, layout: str) -> None:
-    skip_unless(kernel, None, dtype)
+    skip_unless(kernel, None, dtype, device)
     for axes in ((axis(150, 21),), (axis(20, 5), axis(17, 3, 1, 2)), (axis(5, 3), axis(6, 3), axis(9, 4))):
         case = Case(axes, batch=2, heads=4, heads_kv=2, head_dim=32, head_dim_v=32, additional=3, layout=layout)
         check_attention(ledger, case, kernel, dtype, device)

@@ -19,10 +19,10 @@ from natten import reference
 from natten.dispatch import FAMILIES, Kernel, Operation
 
 
-def skip_unless_unfused(kernel: Kernel, case: Case | None, dtype: torch.dtype) -> None:
+def skip_unless_unfused(kernel: Kernel, case: Case | None, dtype: torch.dtype, device: torch.device) -> None:
     if Operation.qk not in FAMILIES[kernel].operations:
         pytest.skip(f"{kernel.name} is fused")
-    skip_unless(kernel, case, dtype)
+    skip_unless(kernel, case, dtype, device)
 
 
 @of_dtype
@@ -31,7 +31,7 @@ def skip_unless_unfused(kernel: Kernel, case: Case | None, dtype: torch.dtype) -
 def test_drawn_operators(
     ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    skip_unless_unfused(kernel, None, dtype)
+    skip_unless_unfused(kernel, None, dtype, device)
     case = data.draw(drawn(kernel, dtype, additional=False))
     check_unfused(ledger, case, kernel, dtype, device)
 
@@ -39,7 +39,7 @@ def test_drawn_operators(
 @examples(30)
 @given(data=st.data())
 def test_drawn_operators_with_tf32(ledger: Ledger, kernel: Kernel, device: torch.device, data: st.DataObject) -> None:
-    skip_unless_unfused(kernel, None, torch.float32)
+    skip_unless_unfused(kernel, None, torch.float32, device)
     case = data.draw(drawn(kernel, torch.float32, additional=False))
     check_unfused(ledger, case, kernel, torch.float32, device, allow_tf32=True)
 
@@ -66,7 +66,7 @@ def test_directed_operators(
     ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, name: str
 ) -> None:
     case = DIRECTED[name]
-    skip_unless_unfused(kernel, case, dtype)
+    skip_unless_unfused(kernel, case, dtype, device)
     check_unfused(ledger, case, kernel, dtype, device)
 
 
@@ -85,7 +85,7 @@ def second_gradients(
 @pytest.mark.parametrize("name", ["nat", "volume", "holes", "grouped-heads"])
 def test_second_gradients(ledger: Ledger, kernel: Kernel, device: torch.device, dtype: torch.dtype, name: str) -> None:
     case = DIRECTED[name]
-    skip_unless_unfused(kernel, case, dtype)
+    skip_unless_unfused(kernel, case, dtype, device)
     ledger.case()
     generator = case.generator()
     inputs = case.tensors(torch.float64)
