@@ -1,48 +1,24 @@
 """Which kernel runs a call, and why.
 
-`FAMILIES` states what each kernel family supports and how fast it is expected to be; `choose` takes the supported
-candidate of least estimated time. Decisions are made in Python, once per kind of call, and at trace time under
+`FAMILIES` states what each kernel family supports; `choose` takes the candidate of least estimated time (`_cost.py`)
+among those that can run the call. Decisions are made in Python, once per kind of call, and at trace time under
 `torch.compile`, so compiled graphs hold them as constants. `natten.explain` shows them.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import SymInt
 
-from natten import _library, context
-from natten._problem import ALLOW_TF32, DTYPES, Axis, Problem
+from natten import _cost, _library, context
+from natten._kernels import Kernel, Operation
+from natten._problem import DTYPES, Problem
 
 __all__ = ["Candidate", "Decision", "Kernel", "Operation", "choose", "kernel_from_backend", "parse_kernel"]
-
-
-class Kernel(enum.IntEnum):
-    """Kernel families; the values are part of the operators' schema (`natten::Kernel` in cpp/kernels/arguments.h)."""
-
-    cpu_naive = 0
-    cpu = 1
-    naive = 2
-    gemm = 3
-    fused_sm80 = 4
-    fused_sm90 = 5
-
-
-class Operation(enum.Enum):
-    """What a kernel is asked to compute: a pass of fused attention, or an unfused operator."""
-
-    forward = "forward"
-    backward = "backward"
-    qk = "qk"
-    av = "av"
-    inverse_av = "inverse_av"
-    rpb_backward = "rpb_backward"
 
 
 _FUSED = frozenset({Operation.forward, Operation.backward})
@@ -53,22 +29,17 @@ _HALF = frozenset({torch.float16, torch.bfloat16})
 
 @dataclass(frozen=True)
 class Family:
-    """What a kernel family supports, and the constants of its cost estimate."""
+    """What a kernel family supports."""
 
     kernel: Kernel
     device: str
     operations: frozenset[Operation]
     dtypes: frozenset[torch.dtype]
-    #: Share of the device's matrix-product rate (cpu: of its vector rate) that the computed, not only the useful,
-    #: products reach: forward and unfused operators, backward.
-    efficiency: tuple[float, float]
     head_dim_multiple: int = 1
     head_dim_maximum: int | None = None
     #: Compute capability needed: at least `minimum_capability`; exactly `exact_capability`.
     minimum_capability: tuple[int, int] | None = None
     exact_capability: tuple[int, int] | None = None
-    #: Queries per tile: the tile's keys are the union of their windows, computed in full. 1: nothing in excess.
-    tile_queries: int = 1
     #: Whether addresses and strides must be multiples of 16 bytes; other tensors are copied first.
     aligned: bool = False
     #: Whether strides must be positive as well: expanded tensors are copied first.
@@ -100,15 +71,13 @@ def _fused_sm80_bytes(problem: Problem) -> int:
 FAMILIES: Mapping[Kernel, Family] = {
     family.kernel: family
     for family in (
-        Family(Kernel.cpu_naive, "cpu", _EVERY, frozenset(DTYPES), efficiency=(0.01, 0.01)),
-        Family(Kernel.cpu, "cpu", _FUSED | _UNFUSED, frozenset(DTYPES), efficiency=(0.4, 0.3)),
+        Family(Kernel.cpu_naive, "cpu", _EVERY, frozenset(DTYPES)),
+        Family(Kernel.cpu, "cpu", _FUSED | _UNFUSED, frozenset(DTYPES)),
         Family(
             Kernel.naive,
             "cuda",
             _EVERY,
             frozenset(DTYPES),
-            # Not bound by products but by loads: relative to the fp32 rate, see `_rate`.
-            efficiency=(0.05, 0.03),
             workspace_bytes=_delta_bytes,
         ),
         Family(
@@ -116,11 +85,9 @@ FAMILIES: Mapping[Kernel, Family] = {
             "cuda",
             _UNFUSED | _FUSED,
             _HALF | {torch.float32},
-            efficiency=(0.25, 0.2),
             head_dim_multiple=8,
             head_dim_maximum=256,
             minimum_capability=(8, 0),
-            tile_queries=64,
             aligned=True,
             composite=True,
         ),
@@ -129,11 +96,9 @@ FAMILIES: Mapping[Kernel, Family] = {
             "cuda",
             _FUSED,
             _HALF,
-            efficiency=(0.4, 0.3),
             head_dim_multiple=8,
             head_dim_maximum=256,
             minimum_capability=(8, 0),
-            tile_queries=64,
             aligned=True,
             workspace_bytes=_fused_sm80_bytes,
         ),
@@ -142,11 +107,9 @@ FAMILIES: Mapping[Kernel, Family] = {
             "cuda",
             frozenset({Operation.forward}),
             _HALF,
-            efficiency=(0.75, 0.6),
             head_dim_multiple=8,
             head_dim_maximum=256,
             exact_capability=(9, 0),
-            tile_queries=128,
             aligned=True,
             positive_strides=True,
             positive_scale=True,
@@ -154,27 +117,6 @@ FAMILIES: Mapping[Kernel, Family] = {
     )
 }
 
-
-@dataclass(frozen=True)
-class Hardware:
-    """Rates of a device: floating-point operations and bytes per second, microseconds per launch."""
-
-    half: float
-    tf32: float
-    float32: float
-    float64: float
-    bandwidth: float
-    launch_us: float
-
-
-# The H200's rates are measured (matrix products and copies of torch); the others are data-sheet figures.
-_HARDWARE: Mapping[tuple[int, int], Hardware] = {
-    (9, 0): Hardware(half=750e12, tf32=354e12, float32=51e12, float64=34e12, bandwidth=4.2e12, launch_us=4.0),
-    (8, 9): Hardware(half=165e12, tf32=82e12, float32=82e12, float64=1.3e12, bandwidth=1.0e12, launch_us=4.0),
-    (8, 6): Hardware(half=71e12, tf32=35e12, float32=35e12, float64=0.5e12, bandwidth=0.9e12, launch_us=4.0),
-    (8, 0): Hardware(half=312e12, tf32=156e12, float32=19e12, float64=9.7e12, bandwidth=1.9e12, launch_us=4.0),
-}
-_CPU = Hardware(half=50e9, tf32=100e9, float32=100e9, float64=50e9, bandwidth=20e9, launch_us=2.0)
 
 # Share of the device's memory that the composite may take for attention weights.
 _COMPOSITE_MEMORY_SHARE = 0.25
@@ -350,95 +292,6 @@ def _rejection(
     return None
 
 
-def _nominal(problem: Problem) -> Problem:
-    """The problem with symbols replaced by typical numbers, so that estimates put no guard on them."""
-    if not problem.is_symbolic:
-        return problem
-
-    def number(value: int, typical: int) -> int:
-        return typical if isinstance(value, SymInt) else value
-
-    axes, q_grid = [], []
-    for axis, queries in zip(problem.axes, problem.q_grid, strict=True):
-        stride, dilation = number(axis.stride, 1), number(axis.dilation, 1)
-        kernel_size = number(axis.kernel_size, 7)
-        length = max(round(4096 ** (1 / problem.rank)), kernel_size * dilation, stride * dilation)
-        axes.append(Axis(kernel_size, stride, dilation, axis.causal, 0, 0, length))
-        q_grid.append(min(number(queries, length), length))
-    return Problem(
-        rank=problem.rank,
-        batch=number(problem.batch, 8),
-        q_grid=tuple(q_grid),
-        kv_grid=tuple(axis.extent for axis in axes),
-        heads=problem.heads,
-        heads_kv=problem.heads_kv,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
-        additional=number(problem.additional, 128),
-        axes=tuple(axes),
-        dtype=problem.dtype,
-        device=problem.device,
-        scale=problem.scale,
-        flags=problem.flags,
-    )
-
-
-def _computed_pairs(family: Family, problem: Problem) -> float:
-    """(query, key) pairs that the family computes: the useful ones, and those that tiles add."""
-    useful = problem.attention_pairs()
-    if family.tile_queries == 1:
-        return useful
-    side = family.tile_queries ** (1 / problem.rank)
-    waste = 1.0
-    for axis in problem.axes:
-        slots = axis.slots
-        # A tile's queries in one dilation group; queries of one stride group share their window.
-        spread = max(side - axis.stride, 0.0)
-        waste *= min(slots + spread, math.ceil(axis.extent / axis.dilation)) / slots
-    return useful * waste
-
-
-def attention_weights_bytes(problem: Problem) -> int:
-    """Size of the attention weights that the unfused operators store."""
-    return problem.batch * problem.queries * problem.heads * problem.slots * problem.dtype.itemsize
-
-
-def _rate(family: Family, problem: Problem, hardware: Hardware) -> float:
-    if problem.dtype == torch.float64:
-        return hardware.float64
-    if family.kernel == Kernel.naive:
-        return hardware.float32
-    if problem.dtype == torch.float32:
-        return hardware.tf32 if problem.flags & ALLOW_TF32 else hardware.float32
-    return hardware.half
-
-
-def _milliseconds(family: Family, problem: Problem, operation: Operation, hardware: Hardware) -> float:
-    """A roofline: the longer of products at the family's share of the peak and bytes at 4/5 of the bandwidth."""
-    pairs = problem.batch * problem.heads * _computed_pairs(family, problem)
-    size = problem.dtype.itemsize
-    queries = problem.batch * problem.queries * problem.heads
-    keys = problem.batch * (problem.keys + problem.additional) * problem.heads_kv
-    channels = problem.head_dim + problem.head_dim_v
-    weights = attention_weights_bytes(problem)
-    tensors = (queries + keys) * channels * size
-    launches = 1
-    if operation is Operation.forward:
-        products, moved = channels, tensors
-        if family.composite:  # written by qk, read and written by softmax, read for logsumexp and by av
-            launches, moved = 5, moved + 5 * weights
-    elif operation is Operation.backward:
-        products, moved = 3 * problem.head_dim + 2 * problem.head_dim_v, 2 * tensors
-        launches = 2
-        if family.composite:  # d weights written, softmax reads two and writes one, four products read one each
-            launches, moved = 7, moved + 8 * weights
-    else:
-        products, moved = problem.head_dim, tensors // 2 + weights
-    share = family.efficiency[1 if operation is Operation.backward else 0]
-    compute = 2 * products * pairs / (_rate(family, problem, hardware) * share)
-    return 1e3 * max(compute, moved / (0.8 * hardware.bandwidth)) + 1e-3 * launches * hardware.launch_us
-
-
 def _memory_rejection(memory_bytes: int, device: torch.device) -> str | None:
     preference = context.get_memory_usage_preference()
     if preference == "unrestricted":
@@ -463,23 +316,24 @@ def candidates(
     if problem.device.type == "cuda":
         capability = capability or device_capability(problem.device)
         architecture = _architecture_problem(capability)
-    hardware = _CPU if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
-    typical = _nominal(problem)
+    typical = _cost.nominal(problem)
     result = []
     for family in FAMILIES.values():
         rejected = _rejection(family, problem, operation, capability, architecture)
         if rejected is not None:
             result.append(Candidate(family.kernel, rejected, None, 0))
             continue
-        milliseconds = _milliseconds(family, typical, operation, hardware)
+        milliseconds = _cost.milliseconds(family.kernel, typical, operation, capability, family.composite)
         memory = 0
         if family.composite and operation in _FUSED:
             # Logits and weights in the forward pass; the backward pass adds the gradient of each.
-            memory = attention_weights_bytes(typical) * (4 if requires_grad else 2)
+            memory = _cost.attention_weights_bytes(typical) * (4 if requires_grad else 2)
             if operation is Operation.backward:
                 rejected = "differentiates only its own forward pass"
             if requires_grad:
-                milliseconds += _milliseconds(family, typical, Operation.backward, hardware)
+                milliseconds += _cost.milliseconds(
+                    family.kernel, typical, Operation.backward, capability, family.composite
+                )
         elif operation is Operation.backward:
             memory = family.workspace_bytes(typical)
         result.append(Candidate(family.kernel, rejected, milliseconds, memory))

@@ -1,0 +1,204 @@
+"""How long a kernel is expected to take.
+
+The estimate follows what the kernels do. Queries come in tiles; a tile computes scores against boxes of keys that cover
+the union of its windows, useful or not. The time is the longer of
+
+    computed scores * (operations per score / (rate * efficiency) + score_ps) + tiles * tile_ns
+    bytes that must move / bandwidth
+
+plus the launches. Five constants per kernel and pass, fitted to measurements on an H200 (bfloat16, 19 problems from
+7x7 windows to 30x48x80 volumes); root mean square of the error: fused_sm80 8 % forward and 11 % backward, fused_sm90
+10 %. For other devices the two times are scaled by the ratio of the float32 rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import SymInt
+
+from natten._kernels import Kernel, Operation
+from natten._problem import ALLOW_TF32, Axis, Problem
+
+__all__ = ["attention_weights_bytes", "milliseconds", "nominal"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Constants of one kernel and pass."""
+
+    efficiency: float  # share of the device's rate that products reach
+    products: tuple[int, int] = (1, 1)  # matrix products over the head dim and over the value head dim, per score
+    score_ps: float = 0.0  # picoseconds of the whole device per computed score: exponentials, masks
+    tile_ns: float = 0.0  # nanoseconds of the whole device per tile of queries
+    tile: int = 1  # queries per tile; 1: only useful scores are computed
+    box: int = 1  # keys per box
+
+
+_UNFUSED = (Operation.qk, Operation.av, Operation.inverse_av, Operation.rpb_backward)
+_ONE_PASS = (3, 2)  # of backward: the logits again, gradients of query and key; of weights and value
+_TWO_PASSES = (
+    4,
+    3,
+)  # key and query gradients by kernels of their own, each of which computes logits and their gradients
+
+
+def _costs(forward: Cost, backward: Cost, unfused: Cost | None = None) -> dict[Operation, Cost]:
+    costs = {Operation.forward: forward, Operation.backward: backward}
+    if unfused is not None:
+        costs.update(dict.fromkeys(_UNFUSED, unfused))
+    return costs
+
+
+_GEMM = Cost(0.3, (1, 0), score_ps=1.0, tile_ns=20.0, tile=64, box=64)
+_COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
+    Kernel.cpu_naive: _costs(Cost(0.03), Cost(0.03, _ONE_PASS), Cost(0.03, (1, 0))),
+    Kernel.cpu: _costs(Cost(0.2), Cost(0.2, _ONE_PASS), Cost(0.2, (1, 0))),
+    # Bound by loads, not products; the rate is that of float32 for every smaller type.
+    Kernel.naive: _costs(Cost(0.12), Cost(0.16, _TWO_PASSES), Cost(0.13, (1, 0))),
+    # Fused attention is composed of qk, softmax and av; backward of qk, av and two inverse_av.
+    Kernel.gemm: _costs(replace(_GEMM, products=(1, 1)), replace(_GEMM, products=(2, 2)), _GEMM),
+    Kernel.fused_sm80: _costs(
+        Cost(0.55, score_ps=0.3, tile_ns=12.0, tile=64, box=32),
+        Cost(0.45, _TWO_PASSES, score_ps=0.5, tile_ns=16.0, tile=32, box=64),
+    ),
+    Kernel.fused_sm90: _costs(
+        Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=64),
+        Cost(0.6, _ONE_PASS, score_ps=0.1, tile_ns=16.0, tile=64, box=64),
+    ),
+}
+
+# Fused kernels are compiled for these head dims; others are padded to the next.
+_HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of a device: floating-point operations and bytes per second, microseconds per launch."""
+
+    half: float
+    tf32: float
+    float32: float
+    float64: float
+    bandwidth: float
+    launch_us: float
+
+
+# The H200's rates are measured (matrix products and copies of torch); the others are data-sheet figures.
+_H200 = Hardware(half=750e12, tf32=354e12, float32=51e12, float64=34e12, bandwidth=4.2e12, launch_us=4.0)
+_HARDWARE: Mapping[tuple[int, int], Hardware] = {
+    (9, 0): _H200,
+    (8, 9): Hardware(half=165e12, tf32=82e12, float32=82e12, float64=1.3e12, bandwidth=1.0e12, launch_us=4.0),
+    (8, 6): Hardware(half=71e12, tf32=35e12, float32=35e12, float64=0.5e12, bandwidth=0.9e12, launch_us=4.0),
+    (8, 0): Hardware(half=312e12, tf32=156e12, float32=19e12, float64=9.7e12, bandwidth=1.9e12, launch_us=4.0),
+}
+
+
+def _cpu() -> Hardware:
+    cores = torch.get_num_threads()
+    return Hardware(50e9 * cores, 50e9 * cores, 50e9 * cores, 25e9 * cores, bandwidth=20e9, launch_us=2.0)
+
+
+def nominal(problem: Problem) -> Problem:
+    """The problem with symbols replaced by typical numbers, so that estimates put no guard on them."""
+    if not problem.is_symbolic:
+        return problem
+
+    def number(value: int, typical: int) -> int:
+        return typical if isinstance(value, SymInt) else value
+
+    axes, q_grid = [], []
+    for axis, queries in zip(problem.axes, problem.q_grid, strict=True):
+        stride, dilation = number(axis.stride, 1), number(axis.dilation, 1)
+        kernel_size = number(axis.kernel_size, 7)
+        length = max(round(4096 ** (1 / problem.rank)), kernel_size * dilation, stride * dilation)
+        axes.append(Axis(kernel_size, stride, dilation, axis.causal, 0, 0, length))
+        q_grid.append(min(number(queries, length), length))
+    return replace(
+        problem,
+        batch=number(problem.batch, 8),
+        q_grid=tuple(q_grid),
+        kv_grid=tuple(axis.extent for axis in axes),
+        additional=number(problem.additional, 128),
+        axes=tuple(axes),
+    )
+
+
+def attention_weights_bytes(problem: Problem) -> int:
+    """Size of the attention weights that the unfused operators store."""
+    return problem.batch * problem.queries * problem.heads * problem.slots * problem.dtype.itemsize
+
+
+def _sides(lengths: Sequence[float], tokens: int) -> list[int]:
+    """Powers of two whose product is `tokens`, as long along each axis as fits its length best."""
+    sides = [1] * len(lengths)
+    while math.prod(sides) < tokens:
+        longest = max(range(len(sides)), key=lambda axis: (lengths[axis] / sides[axis], axis))
+        sides[longest] *= 2
+    return sides
+
+
+def _computed(cost: Cost, problem: Problem) -> tuple[float, float]:
+    """Tiles, and scores computed, of one batch item and head."""
+    if cost.tile == 1:
+        return problem.queries, problem.attention_pairs()
+    lengths = [-(-queries // axis.dilation) for axis, queries in zip(problem.axes, problem.q_grid, strict=True)]
+    tile = _sides(lengths, cost.tile)
+    tiles, unions = 1, []
+    for axis, queries, length, side in zip(problem.axes, problem.q_grid, lengths, tile, strict=True):
+        tiles *= min(axis.dilation, queries) * -(-length // side)
+        window = axis.pairs(queries) / queries
+        # Queries of a stride group share their window; further ones move the union on.
+        unions.append(min(window + max(side - axis.stride, 0), -(-axis.extent // axis.dilation)))
+    box = _sides(unions, cost.box)
+    keys = math.prod(math.ceil(union / side - 1e-9) * side for union, side in zip(unions, box, strict=True))
+    keys += -(-problem.additional // cost.box) * cost.box
+    return tiles, tiles * cost.tile * keys
+
+
+def milliseconds(
+    kernel: Kernel, problem: Problem, operation: Operation, capability: tuple[int, int] | None, composite: bool
+) -> float:
+    """Estimated time; `composite` kernels run a pass of fused attention as several unfused operators."""
+    hardware = _cpu() if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
+    cost = _COSTS[kernel][operation]
+    d, dv = problem.head_dim, problem.head_dim_v
+    if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
+        d = dv = next(c for c in _HEAD_DIM_CLASSES if max(d, dv) <= c)
+    size = problem.dtype.itemsize
+    queries = problem.batch * problem.queries * problem.heads
+    keys = problem.batch * (problem.keys + problem.additional) * problem.heads_kv
+    tensors = (queries + keys) * (problem.head_dim + problem.head_dim_v) * size
+    weights = attention_weights_bytes(problem)
+    moved, launches, steps = tensors, 1, 1
+    if operation is Operation.forward:
+        if composite:  # weights written by qk, read and written by softmax, read for the logsumexp and by av
+            moved, launches, steps = tensors + 5 * weights, 5, 2
+    elif operation is Operation.backward:
+        moved, launches = 2 * tensors, 2
+        if composite:  # gradient of the weights written; softmax reads two, writes one; three products read one each
+            moved, launches, steps = moved + 7 * weights, 7, 4
+    else:
+        moved = tensors // 2 + weights
+    products = cost.products[0] * d + cost.products[1] * dv
+    tiles, scores = _computed(cost, problem)
+    heads = problem.batch * problem.heads
+    slower = 1.0 if capability is None else _H200.float32 / hardware.float32
+    compute = heads * scores * 2 * products / (_rate(kernel, problem, hardware) * cost.efficiency)
+    compute += heads * steps * slower * (scores * cost.score_ps * 1e-12 + tiles * cost.tile_ns * 1e-9)
+    return 1e3 * max(compute, moved / (0.8 * hardware.bandwidth)) + 1e-3 * launches * hardware.launch_us
+
+
+def _rate(kernel: Kernel, problem: Problem, hardware: Hardware) -> float:
+    if problem.dtype == torch.float64:
+        return hardware.float64
+    if kernel is Kernel.naive:
+        return hardware.float32
+    if problem.dtype != torch.float32:
+        return hardware.half
+    if kernel is Kernel.gemm:  # three TF32 products make one of float32
+        return hardware.tf32 if problem.flags & ALLOW_TF32 else hardware.tf32 / 3
+    return hardware.float32
