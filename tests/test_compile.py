@@ -122,6 +122,25 @@ def test_wrong_arguments_raise_while_tracing() -> None:
         compiled(*tensors(2, 8, 9))
 
 
+def test_deterministic_setting_is_recorded() -> None:
+    torch._dynamo.reset()
+    seen: list[bool] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        seen.extend(node.args[-1] for node in graph.graph.nodes if "na2d" in str(node.target))
+        return graph
+
+    compiled = torch.compile(window, fullgraph=True, backend=backend)
+    inputs = tensors(2, 8, 9)
+    compiled(*inputs)
+    natten.use_deterministic_algorithms()
+    try:
+        compiled(*inputs)
+    finally:
+        natten.use_deterministic_algorithms(False)
+    assert seen == [False, True]
+
+
 def test_autocast_inside_a_graph() -> None:
     torch._dynamo.reset()
 

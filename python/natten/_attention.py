@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natten import _library, _unfused, context, dispatch
-from natten._problem import Problem, attention_problem
+from natten._problem import DETERMINISTIC, Problem, attention_problem
 from natten._settings import autocast, autocast_enabled, current_flags
 from natten.dispatch import (
     FAMILIES,
@@ -95,15 +95,19 @@ def attend(
     extent: Dimension | None,
     kernel: str | Kernel | None,
     backend: str | None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp of neighborhood attention, differentiable in both."""
+    """Output and logsumexp of neighborhood attention, differentiable in both.
+
+    `deterministic` adds to what torch's and natten's settings say: a traced call has recorded them.
+    """
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
     if autocast_enabled(query):
         query, key, value, additional_keys, additional_values = autocast(
             query, key, value, additional_keys, additional_values
         )
-    flags = current_flags(query)
+    flags = current_flags(query) | (DETERMINISTIC if deterministic else 0)
     requires_grad = False
     signature: tuple[Any, ...] | None
     try:

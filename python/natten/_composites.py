@@ -30,7 +30,8 @@ def _define(rank: int) -> None:
     window = window.replace("bool[]", f"bool[{rank}]").replace("[] kernel_size", f"[{rank}] kernel_size")
     arguments = (
         f"Tensor query, Tensor key, Tensor value, {window}, float? scale=None, Tensor? additional_keys=None, "
-        f"Tensor? additional_values=None, {_GLOBAL}, str? kernel=None, str? backend=None"
+        f"Tensor? additional_values=None, {_GLOBAL}, str? kernel=None, str? backend=None, "
+        "bool deterministic=False"
     )
 
     def with_lse(
@@ -49,6 +50,7 @@ def _define(rank: int) -> None:
         extent: Any = None,
         kernel: str | None = None,
         backend: str | None = None,
+        deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
         return attend(
             rank,
@@ -67,6 +69,7 @@ def _define(rank: int) -> None:
             extent,
             kernel,
             backend,
+            deterministic,
         )
 
     def without_lse(*args: Any, **kwargs: Any) -> Tensor:

@@ -65,10 +65,7 @@ _COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
         Cost(0.55, score_ps=0.3, tile_ns=12.0, tile=64, box=32),
         Cost(0.45, _TWO_PASSES, score_ps=0.5, tile_ns=16.0, tile=32, box=64),
     ),
-    Kernel.fused_sm90: _costs(
-        Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=64),
-        Cost(0.6, _ONE_PASS, score_ps=0.1, tile_ns=16.0, tile=64, box=64),
-    ),
+    Kernel.fused_sm90: {Operation.forward: Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=64)},
 }
 
 # Fused kernels are compiled for these head dims; others are padded to the next.

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, cast, overload
 import torch
 from torch import Tensor
 
+from natten import context
 from natten._attention import attend
 from natten._unfused import checked_av, checked_qk
 from natten.dispatch import Kernel
@@ -150,6 +151,7 @@ def _attention(
             None if extent is None else _list(extent, rank),
             kernel.name if isinstance(kernel, Kernel) else kernel,
             backend,
+            context.are_deterministic_algorithms_enabled(),
         )
     else:
         out, lse = attend(
