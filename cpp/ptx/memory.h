@@ -36,6 +36,18 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// address[0..3] += values, each addition atomic. The address is 16-byte aligned.
+__device__ __forceinline__ void reduce_add(float* address, const float (&values)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(address), "f"(values[0]), "f"(values[1]),
+               "f"(values[2]), "f"(values[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(address + i), "f"(values[i]) : "memory");
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Register i of a lane
 // receives, of matrix i, the pair at row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&d)[4], uint32_t address) {

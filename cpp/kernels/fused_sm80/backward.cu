@@ -1,10 +1,13 @@
-// Backward, deterministic form: statistics of the queries, then key gradients and query gradients by two kernels that own
-// what they write.
+// Backward: statistics of the queries, then key gradients and query gradients by two kernels that own what they write
+// (seven products, deterministic); or by one that owns the key gradients and adds to float32 accumulators of the query
+// gradients, then converted (five products). The second is taken when kDeterministic is not set and the workspace has
+// room for the accumulators: who allocates it decides.
 //
 // Workspace, in bytes (python/natten/dispatch.py allocates it):
-//   8 * batch * queries * heads                                        statistics
+//   8 * batch * queries * heads                                          statistics
 // + 4 * parts * batch * additional * heads_kv * (head_dim + head_dim_v)  partial sums for the additional keys, with
 //   parts = min(max(512 / (batch * heads_kv * ceil(additional / 64)), 1), 16)
+// + 4 * batch * queries * heads * (head_dim rounded up to 16)            accumulators, optional; from a multiple of 16
 #include "kernels/families.h"
 #include "kernels/fused_sm80/backward_rows.cuh"
 #include "kernels/fused_sm80/host.h"
@@ -14,15 +17,6 @@ namespace natten::fused_sm80 {
 namespace {
 
 constexpr int kElementBytes = 2;
-
-template <class Element, int kHeadDim>
-struct QueryGradientEntry {
-  KernelEntry operator()(Variant variant) const { return query_gradient_entry<Element, kHeadDim>(variant); }
-};
-template <class Element, int kHeadDim>
-struct KeyGradientEntry {
-  KernelEntry operator()(Variant variant) const { return key_gradient_entry<Element, kHeadDim>(variant); }
-};
 
 int64_t query_count(const Problem& problem) {
   return int64_t(problem.axis[0].q_length) * problem.axis[1].q_length * problem.axis[2].q_length;
@@ -44,10 +38,16 @@ int64_t partial_bytes(const Problem& problem) {
          (problem.head_dim + problem.head_dim_v);
 }
 
-// float2 [B, X, Y, Z, H], contiguous.
-Tensor statistics_tensor(void* workspace, const Problem& problem) {
-  Tensor t{static_cast<char*>(workspace), 0, sizeof(float2), {}, {}};
-  int64_t stride = int64_t(sizeof(float2)) * problem.heads;
+int padded_head_dim(const Problem& problem) { return (problem.head_dim + 15) / 16 * 16; }
+
+int64_t accumulator_bytes(const Problem& problem) {
+  return int64_t(sizeof(float)) * problem.batch * query_count(problem) * problem.heads * padded_head_dim(problem);
+}
+
+// [B, X, Y, Z, H] of `item_bytes`, contiguous.
+Tensor workspace_tensor(char* data, int64_t item_bytes, const Problem& problem) {
+  Tensor t{data, 0, item_bytes, {}, {}};
+  int64_t stride = item_bytes * problem.heads;
   for (int a = kAxes - 1; a >= 0; --a) {
     t.axis[a] = stride;
     t.step[a] = stride * problem.axis[a].dilation;
@@ -57,11 +57,17 @@ Tensor statistics_tensor(void* workspace, const Problem& problem) {
   return t;
 }
 
+// Rows of queries of one batch item, for the kernels that take one row after the other.
+int64_t rows_per_item(const Problem& problem) {
+  const int64_t rows = query_count(problem) * problem.heads;
+  if (rows > INT32_MAX / 64) throw std::invalid_argument("fused_sm80: more than 2^25 queries times heads");
+  return rows;
+}
+
 void launch_statistics(const BackwardArguments& arguments, const Parameters& p, cudaStream_t stream) {
   const Problem& problem = arguments.problem;
-  const int64_t rows = query_count(problem) * problem.heads;
+  const int64_t rows = rows_per_item(problem);
   if (rows == 0 || problem.batch == 0) return;
-  if (rows > INT32_MAX / 2) throw std::invalid_argument("fused_sm80: more than 2^30 queries times heads");
   StatisticsParameters s{};
   s.grad_out = p.grad_out;
   s.out = p.out;
@@ -82,6 +88,26 @@ void launch_statistics(const BackwardArguments& arguments, const Parameters& p, 
   check_launch("fused_sm80 statistics");
 }
 
+void launch_convert(const Parameters& p, const Problem& problem, cudaStream_t stream) {
+  ConvertParameters c{};
+  c.accumulator = reinterpret_cast<const float*>(p.accumulator.data);
+  c.grad_query = p.grad_query;
+  const int tiles_per_row = padded_head_dim(problem) / 16;
+  c.tiles_per_item = int(rows_per_item(problem) * tiles_per_row);
+  if (c.tiles_per_item == 0 || problem.batch == 0) return;
+  c.head_dim = problem.head_dim;
+  c.scale = p.scale;
+  const int blocks_per_item = ceil_div(c.tiles_per_item, kRowThreads);
+  c.blocks_per_item = Divisor(blocks_per_item);
+  c.tiles_per_row = Divisor(tiles_per_row);
+  c.heads = Divisor(problem.heads);
+  for (int a = 0; a < kAxes; ++a) c.length[a] = Divisor(problem.axis[a].q_length);
+  const unsigned grid = grid_size(blocks_per_item * problem.batch, "fused_sm80 conversion");
+  if (problem.type == ScalarType::float16) convert_kernel<__half><<<grid, kRowThreads, 0, stream>>>(c);
+  else convert_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(c);
+  check_launch("fused_sm80 conversion");
+}
+
 // The additional keys as a problem of the key gradient kernel: one dense axis of keys, each attended by every query.
 void launch_additional(const BackwardArguments& arguments, Parameters p, const KernelEntry& entry, cudaStream_t stream) {
   Problem problem = arguments.problem;
@@ -95,7 +121,7 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
     p.axis[a] = axis;
     p.dense[a] = make_group(axis, 0);
     p.groups[a] = Divisor(1);
-    for (Tensor* t : {&p.query, &p.grad_out, &p.statistics}) t->step[a] = t->axis[a];
+    for (Tensor* t : {&p.query, &p.grad_out, &p.statistics, &p.accumulator}) t->step[a] = t->axis[a];
   }
   p.partial = reinterpret_cast<float*>(static_cast<char*>(arguments.workspace) + statistics_bytes(problem));
   p.partial_batch = problem.batch;
@@ -154,7 +180,7 @@ void backward(const BackwardArguments& arguments, void* stream_) {
   p.grad_query = make_tensor(arguments.grad_query, problem, kElementBytes);
   p.grad_key = make_tensor(arguments.grad_key, problem, kElementBytes);
   p.grad_value = make_tensor(arguments.grad_value, problem, kElementBytes);
-  p.statistics = statistics_tensor(arguments.workspace, problem);
+  p.statistics = workspace_tensor(static_cast<char*>(arguments.workspace), sizeof(float2), problem);
   if (problem.additional > 0) {
     check_rows(arguments.additional_keys, problem, problem.head_dim, "additional_keys");
     check_rows(arguments.additional_values, problem, problem.head_dim_v, "additional_values");
@@ -164,27 +190,44 @@ void backward(const BackwardArguments& arguments, void* stream_) {
     p.additional_value = make_additional(arguments.additional_values, kElementBytes);
   }
 
-  KernelEntry query_entries[kVariants], key_entries[kVariants];
-  entries_of<QueryGradientEntry>(problem, query_entries);
-  entries_of<KeyGradientEntry>(problem, key_entries);
-  TilePlan query_plan, key_plan;
-  const int* given = problem.plan.values;
-  if (problem.plan.size == 14) {
-    query_plan = read_plan(given, query_entries);
-    key_plan = read_plan(given + 7, key_entries);
-  } else if (problem.plan.size == 0 || problem.plan.size == 2) {
-    query_plan = plan(problem, Side::queries, query_entries, problem.plan.size == 2 ? given[0] : -1);
-    key_plan = plan(problem, Side::keys, key_entries, problem.plan.size == 2 ? given[1] : -1);
-  } else {
-    throw std::invalid_argument("fused_sm80: a backward plan has 2 or 14 numbers");
-  }
-
+  KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating;
+  visit_types(problem, [&](auto element, auto head_dim) {
+    using Element = decltype(element);
+    for (Variant v : {Variant::wide, Variant::narrow}) {
+      query_entries[int(v)] = query_gradient_entry<Element, head_dim()>(v);
+      key_entries[int(v)] = key_gradient_entry<Element, head_dim()>(v);
+    }
+    accumulating = accumulating_entry<Element, head_dim()>();
+  });
   launch_statistics(arguments, p, stream);
+
+  const int64_t before = (statistics_bytes(problem) + partial_bytes(problem) + 15) / 16 * 16;
+  const bool accumulate = (problem.flags & kDeterministic) == 0 && accumulating.shared_bytes <= shared_memory_limit() &&
+                          arguments.workspace_bytes >= before + accumulator_bytes(problem);
+  const int* given = problem.plan.values;
+  const int plan_size = problem.plan.size;
+  if (plan_size != 0 && plan_size != 2 && plan_size != 14)
+    throw std::invalid_argument("fused_sm80: a backward plan has 2 or 14 numbers");
+  if (accumulate) {
+    p.accumulator =
+        workspace_tensor(static_cast<char*>(arguments.workspace) + before, 4 * padded_head_dim(problem), problem);
+    check_cuda(cudaMemsetAsync(p.accumulator.data, 0, accumulator_bytes(problem), stream), "fused_sm80 accumulators");
+    const KernelEntry same[kVariants] = {accumulating, accumulating};
+    const TilePlan tiles = plan(problem, Side::keys, same, int(Variant::wide));
+    launch(accumulating, p, problem, Side::keys, tiles.owned, tiles.walked, 1, stream, "fused_sm80 gradient");
+    if (problem.additional > 0) launch_additional(arguments, p, accumulating, stream);
+    launch_convert(p, problem, stream);
+    return;
+  }
+  const TilePlan key_plan = plan_size == 14 ? read_plan(given + 7, key_entries)
+                                            : plan(problem, Side::keys, key_entries, plan_size == 2 ? given[1] : -1);
   const KernelEntry& key_entry = key_entries[int(key_plan.variant)];
   launch(key_entry, p, problem, Side::keys, key_plan.owned, key_plan.walked, 1, stream, "fused_sm80 key gradient");
+  if (problem.additional > 0) launch_additional(arguments, p, key_entry, stream);
+  const TilePlan query_plan = plan_size == 14 ? read_plan(given, query_entries)
+                                              : plan(problem, Side::queries, query_entries, plan_size == 2 ? given[0] : -1);
   launch(query_entries[int(query_plan.variant)], p, problem, Side::queries, query_plan.owned, query_plan.walked, 1, stream,
          "fused_sm80 query gradient");
-  if (problem.additional > 0) launch_additional(arguments, p, key_entry, stream);
 }
 
 }  // namespace natten::fused_sm80

@@ -4,6 +4,9 @@
 // Scores are computed transposed, S^T = K Q^T, so that keys are rows here as queries are in the other passes, and the
 // same masks serve. The warps form a grid of kKeyWarps x kSideWarps: for the scores they share out keys and queries, for
 // the gradients keys and channels; P^T and dS^T change hands in shared memory.
+//
+// With kAccumulate the block also adds dQ = dS K of every box to float32 accumulators in global memory: five products in
+// all instead of the seven of two kernels, but sums in the order in which blocks come.
 #pragma once
 
 #include "kernels/fused_sm80/walk.cuh"
@@ -14,7 +17,7 @@
 namespace natten::fused_sm80 {
 
 template <class Element_, int kHeadDim_, int kKeys_, int kQueries_, int kKeyWarps_, int kSideWarps_, int kQueryStages_,
-          int kGradStages_, int kBlocksPerSm_>
+          int kGradStages_, int kBlocksPerSm_, bool kAccumulate_ = false>
 struct KeyGradientConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -24,6 +27,7 @@ struct KeyGradientConfig {
   static constexpr int kQueryStages = kQueryStages_;  // boxes of queries in flight
   static constexpr int kGradStages = kGradStages_;    // boxes of output gradients in flight
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kAccumulate = kAccumulate_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKeysPerWarp = kKeys / kKeyWarps;
   static constexpr int kQueriesPerWarp = kQueries / kSideWarps;
@@ -41,9 +45,74 @@ struct KeyGradientConfig {
     alignas(128) char grad_scores[kKeys * kQueries * 2];   // dS^T, unscaled
     alignas(16) float2 statistics[kQueryStages][kQueries];  // logsumexp * log2(e), delta
     Block<kKeys> block;
-    QueryWalk<kQueries, kRing> walk;
+    QueryWalk<kQueries, kRing, kAccumulate> walk;
   };
 };
+
+// Zeros a warp's part of a score tile.
+template <int kQueries, int kRows, int kColumns>
+__device__ __forceinline__ void clear_rows(char* tile, int first_row, int side_warp, int lane) {
+  constexpr int kChunks = kColumns / 8;
+  for (int i = lane; i < kRows * kChunks; i += 32)
+    *reinterpret_cast<uint4*>(tile + tile::SharedTile<kQueries>::offset(first_row + i / kChunks,
+                                                                        side_warp * kChunks + i % kChunks)) = uint4{};
+}
+
+// Adds dS K of the box to the accumulators. Within 16 channels, lane `quad` of a row has its four values side by side:
+// channels 2 quad, 2 quad + 1, 2 quad + 8, 2 quad + 9 (the conversion kernel puts them in order).
+template <class Config>
+__device__ __forceinline__ void accumulate_query_gradient(const typename Config::Shared& shared, const Parameters& p,
+                                                          int step, int warp, int lane) {
+  using Element = typename Config::Element;
+  constexpr int kD = Config::kHeadDim, kQueries = Config::kQueries, kKeys = Config::kKeys;
+  using Tile = tile::SharedTile<kD>;
+  using ScoreTile = tile::SharedTile<kQueries>;
+  // Units of 32 queries x 32 channels, dealt to the warps.
+  constexpr int kQueryUnits = kQueries / 32, kUnits = kQueryUnits * (kD / 32);
+  const uint32_t key_tile = ptx::shared_address(shared.key), grad_scores = ptx::shared_address(shared.grad_scores);
+  const int4 box = shared.walk.at(step);
+#pragma unroll 1
+  for (int unit = warp; unit < kUnits; unit += Config::kWarps) {
+    const int first_query_tile = unit % kQueryUnits * 2, first_channel_tile = unit / kQueryUnits * 2;
+    float grad[2][4][4] = {};
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ScoreTile::load_a_transposed(a[i], grad_scores, 16 * k, first_query_tile + i, lane);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        uint32_t b[4];
+        Tile::load_b_transposed(b, key_tile, 16 * k, first_channel_tile + n, lane);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          ptx::mma_m16n8k16(grad[i][2 * n], a[i], b[0], b[1], Element());
+          ptx::mma_m16n8k16(grad[i][2 * n + 1], a[i], b[2], b[3], Element());
+        }
+      }
+    }
+    const int within = lane / 4;
+    const char* source = shared.walk.source[step % Config::kRing][3] + within * p.accumulator.step[2] + (lane % 4) * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int run = 2 * (first_query_tile + i) + r;
+        if ((box.w & kWholeBox) == 0 && within >= shared.walk.existing_rows(p, shared.block.size, box, run)) continue;
+        const char* row = source + shared.walk.run_offset[3][run];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int channel_tile = first_channel_tile + n;
+          const float values[4] = {grad[i][2 * n][2 * r], grad[i][2 * n][2 * r + 1], grad[i][2 * n + 1][2 * r],
+                                   grad[i][2 * n + 1][2 * r + 1]};
+          // Queries that attend none of these keys have zeros only.
+          const bool any = values[0] != 0.f || values[1] != 0.f || values[2] != 0.f || values[3] != 0.f;
+          if (any && 16 * channel_tile < p.head_dim)
+            ptx::reduce_add(reinterpret_cast<float*>(const_cast<char*>(row)) + 16 * channel_tile, values);
+        }
+      }
+  }
+}
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
@@ -72,10 +141,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const Load load;
   const uint32_t key_tile = ptx::shared_address(shared.key), value_tile = ptx::shared_address(shared.value);
-  load.template load_owned<Config::kKeys, kKeysPerWarp>(key_tile, p, block, p.key, block.own_origin(p.key, block.head),
-                                                        p.head_dim);
-  load.template load_owned<Config::kKeys, kKeysPerWarp>(value_tile, p, block, p.value,
-                                                        block.own_origin(p.value, block.head), p.head_dim_v);
+  const OwnRows<kKeysPerWarp> rows(p, block, key_warp, lane);
+  if (side_warp == 0)
+    rows.template load<kD>(shared.key, first_row, p.key, block.own_origin(p.key, block.head), p.head_dim, lane);
+  else if (side_warp == 1)
+    rows.template load<kD>(shared.value, first_row, p.value, block.own_origin(p.value, block.head), p.head_dim_v, lane);
   // This block's share of the walk: all of it, but for the additional keys.
   const int64_t boxes = int64_t(shared.walk.boxes(p, block.size)) * p.heads_per_kv;
   const int first_box = int(boxes * block.part / int(p.parts.value));
@@ -94,9 +164,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out, load);
     ptx::cp_async_commit();
   };
-  if (threadIdx.x == 0) {
+  if (warp == 0) {
     shared.walk.start(first_box, p, block);
-    shared.walk.enter(1, p, block.size);
+    if (lane == 0) shared.walk.enter(1, p, block.size);
   }
 #pragma unroll
   for (int stage = 0; stage < kQueryStages; ++stage)
@@ -109,7 +179,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   load_queries(0);
   load_grad_out(0);
 
-  const RowIndex row_index(p, p.owned.coordinates(key_warp, lane % kKeysPerWarp));
+  const RowIndex row_index(p, rows.coordinates);
   const WarpBounds bounds = WarpBounds::make(p, block, key_warp, lane);
   const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
   const uint32_t weights_tile = ptx::shared_address(shared.weights);
@@ -206,8 +276,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
             *reinterpret_cast<uint32_t*>(shared.grad_scores + offset) =
                 ptx::pack(ds[i][j][2 * r], ds[i][j][2 * r + 1], Element());
           }
-      // The warps that share these keys exchange what they computed.
-      ptx::named_barrier_sync(1 + key_warp, 32 * Config::kSideWarps);
+    } else if constexpr (Config::kAccumulate) {
+      clear_rows<kQueries, kKeysPerWarp, Config::kQueriesPerWarp>(shared.grad_scores, first_row, side_warp, lane);
+    }
+    // The warps that share these keys exchange what they computed; for dQ, all warps do.
+    if constexpr (Config::kAccumulate) __syncthreads();
+    else if (needed) ptx::named_barrier_sync(1 + key_warp, 32 * Config::kSideWarps);
+    if (needed) {
       const int first_channel_tile = side_warp * (kChannelBlocks / 2);
 #pragma unroll
       for (int k = 0; k < kQueries / 16; ++k) {
@@ -249,6 +324,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         }
       }
     }
+    if constexpr (Config::kAccumulate) accumulate_query_gradient<Config>(shared, p, step, warp, lane);
     if constexpr (kQueryStages == 1) {
       __syncthreads();  // the queries are used up
       load_queries(step + 1);
@@ -299,11 +375,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
   __syncthreads();
   if (side_warp == 0)
-    store_rows<kD, kKeysPerWarp>(shared.key, p, block, key_warp, lane, p.grad_key,
-                                 block.own_origin(p.grad_key, block.head), p.head_dim);
-  if (side_warp == 1)
-    store_rows<kD, kKeysPerWarp>(shared.value, p, block, key_warp, lane, p.grad_value,
-                                 block.own_origin(p.grad_value, block.head), p.head_dim_v);
+    rows.template store<kD>(shared.key, first_row, p.grad_key, block.own_origin(p.grad_key, block.head), p.head_dim, lane);
+  else if (side_warp == 1)
+    rows.template store<kD>(shared.value, first_row, p.grad_value, block.own_origin(p.grad_value, block.head),
+                            p.head_dim_v, lane);
 }
 
 }  // namespace natten::fused_sm80

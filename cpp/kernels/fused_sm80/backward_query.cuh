@@ -53,13 +53,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const Load load;
   const uint32_t query_tile = ptx::shared_address(shared.query), grad_out_tile = ptx::shared_address(shared.grad_out);
-  load.template load_owned<Config::kQueries, kRowsPerWarp>(query_tile, p, block, p.query,
-                                                           block.own_origin(p.query, block.head), p.head_dim);
-  load.template load_owned<Config::kQueries, kRowsPerWarp>(grad_out_tile, p, block, p.grad_out,
-                                                           block.own_origin(p.grad_out, block.head), p.head_dim_v);
-  if (threadIdx.x == 0) {
+  const int first_row = warp * kRowsPerWarp;
+  const OwnRows<kRowsPerWarp> rows(p, block, warp, lane);
+  rows.template load<kD>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.head_dim, lane);
+  rows.template load<kD>(shared.grad_out, first_row, p.grad_out, block.own_origin(p.grad_out, block.head), p.head_dim_v,
+                         lane);
+  float2 own_statistics{0.f, 0.f};
+  if (block.contains(rows.coordinates))
+    own_statistics = *reinterpret_cast<const float2*>(block.own_origin(p.statistics, block.head) +
+                                                      box_offset(p.statistics, rows.coordinates));
+  if (warp == 0) {
     shared.walk.start(p, block);
-    for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
+    if (lane == 0)
+      for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -82,7 +88,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
   for (int n = 0; n < (kStages > 1 ? kStages - 1 : 1); ++n) load_step(n);
 
-  const RowIndex row_index(p, p.owned.coordinates(warp, lane % kRowsPerWarp));
+  const RowIndex row_index(p, rows.coordinates);
   const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
   const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
 
@@ -91,11 +97,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int3 c = p.owned.coordinates(warp, 16 * i + 8 * r + lane / 4);
-      const char* address = block.own_origin(p.statistics, block.head) + box_offset(p.statistics, c);
-      const float2 statistics = block.contains(c) ? *reinterpret_cast<const float2*>(address) : make_float2(0.f, 0.f);
-      logsumexp[i][r] = statistics.x;
-      delta[i][r] = statistics.y;
+      logsumexp[i][r] = __shfl_sync(~0u, own_statistics.x, 16 * i + 8 * r + lane / 4);
+      delta[i][r] = __shfl_sync(~0u, own_statistics.y, 16 * i + 8 * r + lane / 4);
     }
   float grad[kRowTiles][kD / 8][4] = {};
 
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int k = 0; k < kD / 16; ++k) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], query_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], query_tile, first_row + 16 * i, k, lane);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t b[4];
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int k = 0; k < kD / 16; ++k) {
         uint32_t a[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], grad_out_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], grad_out_tile, first_row + 16 * i, k, lane);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t b[4];
@@ -207,12 +210,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const int row = 16 * i + 8 * r + lane / 4;
 #pragma unroll
       for (int j = 0; j < kD / 8; ++j)
-        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(warp * kRowsPerWarp + row, j) + 4 * quad) =
+        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(first_row + row, j) + 4 * quad) =
             ptx::pack(grad[i][j][2 * r] * p.scale, grad[i][j][2 * r + 1] * p.scale, Element());
     }
   __syncwarp();
-  store_rows<kD, kRowsPerWarp>(shared.query, p, block, warp, lane, p.grad_query,
-                               block.own_origin(p.grad_query, block.head), p.head_dim);
+  rows.template store<kD>(shared.query, first_row, p.grad_query, block.own_origin(p.grad_query, block.head), p.head_dim,
+                          lane);
 }
 
 }  // namespace natten::fused_sm80

@@ -52,6 +52,39 @@ __global__ void __launch_bounds__(kRowThreads) statistics_kernel(const __grid_co
   p.statistics[int64_t(batch) * p.rows_per_item + row] = make_float2(logsumexp * tile::kLog2E, sum);
 }
 
+struct ConvertParameters {
+  const float* accumulator;  // [B, X, Y, Z, H, D rounded up to 16], channels as accumulate_query_gradient leaves them
+  Tensor grad_query;
+  Divisor blocks_per_item, tiles_per_row, heads, length[kAxes];  // tiles of 16 channels
+  int tiles_per_item, head_dim;
+  float scale;
+};
+
+// grad_query = scale * accumulator, in order and rounded. A thread converts 16 channels.
+template <class Element>
+__global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_constant__ ConvertParameters p) {
+  uint32_t batch = blockIdx.x;
+  const int tile = p.blocks_per_item.peel(batch) * kRowThreads + threadIdx.x;
+  if (tile >= p.tiles_per_item) return;
+  uint32_t index = tile;
+  const int channel = p.tiles_per_row.peel(index) * 16, head = p.heads.peel(index);
+  const int z = p.length[2].peel(index), y = p.length[1].peel(index), x = index;
+  const float4* source = reinterpret_cast<const float4*>(p.accumulator + (int64_t(batch) * p.tiles_per_item + tile) * 16);
+  Chunk<Element> low, high;
+#pragma unroll
+  for (int quad = 0; quad < 4; ++quad) {
+    const float4 values = source[quad];
+    low.element[2 * quad] = narrow<Element>(values.x * p.scale);
+    low.element[2 * quad + 1] = narrow<Element>(values.y * p.scale);
+    high.element[2 * quad] = narrow<Element>(values.z * p.scale);
+    high.element[2 * quad + 1] = narrow<Element>(values.w * p.scale);
+  }
+  const Tensor& t = p.grad_query;
+  char* row = t.data + batch * t.batch + head * t.head + x * t.axis[0] + y * t.axis[1] + z * t.axis[2] + channel * 2;
+  *reinterpret_cast<uint4*>(row) = low.words;
+  if (channel + 8 < p.head_dim) *reinterpret_cast<uint4*>(row + 16) = high.words;
+}
+
 struct SumPartsParameters {
   const float* partial;  // [part, B, S, Hkv, D + Dv]
   int64_t part_stride;

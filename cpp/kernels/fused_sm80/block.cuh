@@ -15,8 +15,9 @@ template <bool kOwnKeys>
 __device__ __forceinline__ Range related(const Group& g, int p) {
   if constexpr (!kOwnKeys) return window(g, p);
   const Range r = inverse_window(g, p);
-  const int begin = max(r.begin, g.q_position);
-  return {begin, max(min(r.end, g.q_position + g.q_count), begin)};
+  const int first = g.q_position, last = g.q_position + g.q_count;
+  const int begin = min(max(r.begin, first), last);
+  return {begin, max(min(r.end, last), begin)};
 }
 
 // Lives in shared memory.
@@ -85,7 +86,8 @@ struct Block {
   template <bool kOwnKeys>
   __device__ __forceinline__ void fill_table(const Parameters& p) {
     const int begin_y = table_begin(p, 1), begin_z = table_begin(p, 2);
-    for (int i = threadIdx.x; i < begin_z + (1 << p.owned.log[2]); i += blockDim.x) {
+    // From the second warp on: the first has other work at this time.
+    for (int i = (threadIdx.x + blockDim.x - 32) % blockDim.x; i < begin_z + (1 << p.owned.log[2]); i += blockDim.x) {
       const int axis = i < begin_y ? 0 : i < begin_z ? 1 : 2;
       const int coordinate = i - (axis == 0 ? 0 : axis == 1 ? begin_y : begin_z);
       const Range r = related<kOwnKeys>(group[axis], position[axis] + min(coordinate, count[axis] - 1));
@@ -206,20 +208,6 @@ struct Loader {
       }
     }
   }
-
-  // The rows of the block's own tile, in the order of its warps.
-  template <int kRows, int kRowsPerOwner, int kBlockRows>
-  __device__ __forceinline__ void load_owned(uint32_t tile, const Parameters& p, const Block<kBlockRows>& block,
-                                             const Tensor& t, const char* origin, int channels) const {
-    if (Tile::kChunks < kLanes && chunk >= Tile::kChunks) return;
-#pragma unroll 1
-    for (int r = warp * kRowsPerPass + row; r < kRows; r += kWarps * kRowsPerPass) {
-      const int3 c = p.owned.coordinates(r / kRowsPerOwner, r % kRowsPerOwner);
-      ptx::cp_async_16(tile + Tile::offset(r, chunk),
-                       origin + c.x * t.step[0] + c.y * t.step[1] + c.z * t.step[2] + chunk * 16,
-                       chunk * 8 < channels && block.contains(c));
-    }
-  }
 };
 
 // Byte offsets of a box's runs.
@@ -231,21 +219,53 @@ __device__ __forceinline__ int64_t box_offset(const Tensor& t, const int3& origi
   return origin.x * t.step[0] + origin.y * t.step[1] + origin.z * t.step[2];
 }
 
-// A warp's rows of a tile in shared memory, to the tensor: 16 bytes per lane.
-template <int kColumns, int kRowsPerWarp, int kBlockRows>
-__device__ __forceinline__ void store_rows(const char* tile, const Parameters& p, const Block<kBlockRows>& block, int warp,
-                                           int lane, const Tensor& t, const char* origin, int channels) {
-  using Tile = tile::SharedTile<kColumns>;
-  constexpr int kLanes = kLanesPerRow<Tile::kChunks>;
-  static_assert(kLanes <= 32);
-#pragma unroll
-  for (int row = lane / kLanes; row < kRowsPerWarp; row += 32 / kLanes) {
-    const int chunk = lane % kLanes;
-    const int3 c = p.owned.coordinates(warp, row);
-    if (chunk * 8 >= channels || !block.contains(c)) continue;
-    *reinterpret_cast<uint4*>(const_cast<char*>(origin) + box_offset(t, c) + chunk * 16) =
-        *reinterpret_cast<const uint4*>(tile + Tile::offset(warp * kRowsPerWarp + row, chunk));
+// The rows of the block's tile that a warp owns. Lane l looks after row l % kRows: it knows where the row lies, and tells
+// the lanes that copy the row's chunks.
+template <int kRows>
+struct OwnRows {
+  int3 coordinates;
+  uint32_t exist;  // bit per row
+
+  template <class Block>
+  __device__ __forceinline__ OwnRows(const Parameters& p, const Block& block, int warp, int lane)
+      : coordinates(p.owned.coordinates(warp, lane % kRows)) {
+    exist = __ballot_sync(~0u, block.contains(coordinates));
   }
-}
+
+  // Calls copy(row, chunk, address in the tensor, exists) for every chunk of the rows, 32 at a time.
+  template <int kColumns, class Copy>
+  __device__ __forceinline__ void for_chunks(const Tensor& t, const char* origin, int lane, Copy copy) const {
+    constexpr int kChunks = kColumns / 8, kLanes = kLanesPerRow<kChunks>;
+    const int64_t own = reinterpret_cast<int64_t>(origin) + box_offset(t, coordinates);
+    const int chunk = lane % kLanes;
+#pragma unroll
+    for (int pass = 0; pass < kRows * kLanes / 32; ++pass) {
+      const int row = pass * (32 / kLanes) + lane / kLanes;
+      const int64_t address = __shfl_sync(~0u, own, row);
+      if (chunk < kChunks) copy(row, chunk, reinterpret_cast<char*>(address) + chunk * 16, ((exist >> row) & 1) != 0);
+    }
+  }
+
+  // Into rows [first_row, first_row + kRows) of a tile in shared memory, asynchronously; zeros where nothing exists.
+  template <int kColumns>
+  __device__ __forceinline__ void load(char* tile, int first_row, const Tensor& t, const char* origin, int channels,
+                                       int lane) const {
+    const uint32_t base = ptx::shared_address(tile);
+    for_chunks<kColumns>(t, origin, lane, [&](int row, int chunk, char* address, bool exists) {
+      ptx::cp_async_16(base + tile::SharedTile<kColumns>::offset(first_row + row, chunk), address,
+                       exists && chunk * 8 < channels);
+    });
+  }
+  // Back. The warp, or the warps that share the rows, must have synchronised.
+  template <int kColumns>
+  __device__ __forceinline__ void store(const char* tile, int first_row, const Tensor& t, const char* origin,
+                                        int channels, int lane) const {
+    for_chunks<kColumns>(t, origin, lane, [&](int row, int chunk, char* address, bool exists) {
+      if (exists && chunk * 8 < channels)
+        *reinterpret_cast<uint4*>(address) =
+            *reinterpret_cast<const uint4*>(tile + tile::SharedTile<kColumns>::offset(first_row + row, chunk));
+    });
+  }
+};
 
 }  // namespace natten::fused_sm80

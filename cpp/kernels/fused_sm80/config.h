@@ -18,31 +18,37 @@ template <class E> struct Tiles<E, 32, Variant::wide> {
   using Forward = ForwardConfig<E, 32, 4, 2, 64, 2, 3>;
   using QueryGradient = QueryGradientConfig<E, 32, 4, 2, 64, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 32, 128, 64, 4, 2, 2, 2, 2>;
+  using Accumulating = KeyGradientConfig<E, 32, 128, 64, 4, 2, 2, 2, 2, true>;
 };
 template <class E> struct Tiles<E, 64, Variant::wide> {
-  using Forward = ForwardConfig<E, 64, 4, 2, 64, 2, 2>;
+  using Forward = ForwardConfig<E, 64, 4, 2, 128, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 64, 4, 2, 64, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 64, 128, 64, 4, 2, 2, 2, 1>;
+  using Accumulating = KeyGradientConfig<E, 64, 128, 64, 4, 2, 2, 2, 1, true>;
 };
 template <class E> struct Tiles<E, 96, Variant::wide> {
   using Forward = ForwardConfig<E, 96, 4, 2, 64, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 96, 4, 2, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 96, 128, 64, 4, 2, 2, 1, 1>;
+  using Accumulating = KeyGradientConfig<E, 96, 128, 64, 4, 2, 2, 1, 1, true>;
 };
 template <class E> struct Tiles<E, 128, Variant::wide> {
   using Forward = ForwardConfig<E, 128, 4, 2, 64, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 128, 4, 2, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 128, 128, 64, 4, 2, 2, 1, 1>;
+  using Accumulating = KeyGradientConfig<E, 128, 128, 64, 4, 2, 2, 1, 1, true>;
 };
 template <class E> struct Tiles<E, 192, Variant::wide> {
   using Forward = ForwardConfig<E, 192, 8, 1, 64, 1, 1>;
   using QueryGradient = QueryGradientConfig<E, 192, 8, 1, 32, 2, 1>;
   using KeyGradient = KeyGradientConfig<E, 192, 64, 64, 2, 4, 1, 1, 1>;
+  using Accumulating = KeyGradientConfig<E, 192, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 template <class E> struct Tiles<E, 256, Variant::wide> {
   using Forward = ForwardConfig<E, 256, 8, 1, 64, 1, 1>;
   using QueryGradient = QueryGradientConfig<E, 256, 8, 1, 32, 2, 1>;
   using KeyGradient = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1>;
+  using Accumulating = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 
 template <class E> struct Tiles<E, 32, Variant::narrow> {
@@ -107,6 +113,11 @@ template <class E, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant) {
   return variant == Variant::wide ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::KeyGradient>()
                                   : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::KeyGradient>();
+}
+
+template <class E, int kHeadDim>
+KernelEntry accumulating_entry() {
+  return make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::Accumulating>();
 }
 
 }  // namespace natten::fused_sm80

@@ -5,11 +5,6 @@ namespace natten::fused_sm80 {
 
 namespace {
 
-template <class Element, int kHeadDim>
-struct ForwardEntry {
-  KernelEntry operator()(Variant variant) const { return forward_entry<Element, kHeadDim>(variant); }
-};
-
 // problem.plan, when given: variant; or variant, query tile (3), key box (3).
 TilePlan forward_plan(const Problem& problem, const KernelEntry (&entries)[kVariants]) {
   if (problem.plan.size == 0) return plan(problem, Side::queries, entries);
@@ -40,7 +35,9 @@ void forward(const ForwardArguments& arguments, void* stream) {
     p.additional_value = make_additional(arguments.additional_values, 2);
   }
   KernelEntry entries[kVariants];
-  entries_of<ForwardEntry>(problem, entries);
+  visit_types(problem, [&](auto element, auto head_dim) {
+    for (Variant v : {Variant::wide, Variant::narrow}) entries[int(v)] = forward_entry<decltype(element), head_dim()>(v);
+  });
   const TilePlan tiles = forward_plan(problem, entries);
   launch(entries[int(tiles.variant)], p, problem, Side::queries, tiles.owned, tiles.walked, 1,
          static_cast<cudaStream_t>(stream), "fused_sm80 forward");

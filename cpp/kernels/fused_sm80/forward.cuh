@@ -56,12 +56,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const Load load;
   const uint32_t query_tile = ptx::shared_address(shared.query);
-  load.template load_owned<Config::kQueries, kRowsPerWarp>(query_tile, p, block, p.query,
-                                                           block.own_origin(p.query, block.head), p.head_dim);
-  if (threadIdx.x == 0) {
+  const int first_row = warp * kRowsPerWarp;
+  const OwnRows<kRowsPerWarp> rows(p, block, warp, lane);
+  rows.template load<kD>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.head_dim, lane);
+  if (warp == 0) {
     shared.walk.start(p, block);
     // The ring is filled kStages + 1 boxes ahead of the products, so that every load finds its box there.
-    for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
+    if (lane == 0)
+      for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -85,8 +87,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     load_keys(n);  // the first group holds the queries too
     if (n + 1 < kStages) load_values(n);
   }
-  const int3 own_row = p.owned.coordinates(warp, lane % kRowsPerWarp);
-  const RowIndex row_index(p, own_row);
+  const RowIndex row_index(p, rows.coordinates);
   const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
   const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
 
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     load_values(step + kStages - 1);
 
     if (step == 0 && p.scale < 0) {  // softmax wants a positive scale: move the sign into this warp's queries
-      uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + warp * kRowsPerWarp * (kD / 2);
+      uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + first_row * (kD / 2);
       for (int i = lane; i < kRowsPerWarp * (kD / 2); i += 32) words[i] ^= 0x80008000u;
       __syncwarp();
     }
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int k = 0; k < kD / 16; ++k) {
         uint32_t q[kRowTiles][4];
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(q[i], query_tile, warp * kRowsPerWarp + 16 * i, k, lane);
+        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(q[i], query_tile, first_row + 16 * i, k, lane);
 #pragma unroll
         for (int n = 0; n < kKeys / 16; ++n) {
           uint32_t b[4];
@@ -204,25 +205,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // ---- results: through this warp's rows of the query tile, which no other warp reads
   softmax.finish();
   ptx::cp_async_wait<0>();
+  float logsumexp = 0.f;  // of this lane's row
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float inverse = 1.f / softmax.sum[i][r];
-      const int row = 16 * i + 8 * r + lane / 4;
 #pragma unroll
       for (int j = 0; j < kD / 8; ++j)
-        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(warp * kRowsPerWarp + row, j) + 4 * quad) =
+        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(first_row + 16 * i + 8 * r + lane / 4, j) + 4 * quad) =
             ptx::pack(out[i][j][2 * r] * inverse, out[i][j][2 * r + 1] * inverse, Element());
-      const int3 c = p.owned.coordinates(warp, row);
-      if (quad == 0 && block.contains(c)) {
-        const char* address = block.own_origin(p.logsumexp, block.head) + box_offset(p.logsumexp, c);
-        *reinterpret_cast<float*>(const_cast<char*>(address)) = softmax.logsumexp(i, r, scale_log2);
-      }
+      const float of_row = __shfl_sync(~0u, softmax.logsumexp(i, r, scale_log2), lane % 8 * 4);
+      if (lane / 8 == 2 * i + r) logsumexp = of_row;
     }
   __syncwarp();
-  store_rows<kD, kRowsPerWarp>(shared.query, p, block, warp, lane, p.out, block.own_origin(p.out, block.head),
-                               p.head_dim_v);
+  rows.template store<kD>(shared.query, first_row, p.out, block.own_origin(p.out, block.head), p.head_dim_v, lane);
+  if (lane < kRowsPerWarp && block.contains(rows.coordinates)) {
+    const char* address = block.own_origin(p.logsumexp, block.head) + box_offset(p.logsumexp, rows.coordinates);
+    *reinterpret_cast<float*>(const_cast<char*>(address)) = logsumexp;
+  }
 }
 
 }  // namespace natten::fused_sm80

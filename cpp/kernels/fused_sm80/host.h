@@ -1,6 +1,8 @@
 // Host side shared by the passes: from a Problem to Parameters, tile shapes and a launch.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/arguments.h"
 #include "kernels/fused_sm80/registry.h"
 #include "kernels/launch.h"
@@ -43,24 +45,22 @@ int shared_memory_limit();
 // The class that a head dim is padded to; throws when there is none.
 int head_dim_class(const Problem& problem);
 
-template <template <class, int> class Entry>
-void entries_of(const Problem& problem, KernelEntry (&entries)[kVariants]) {
+// Calls visit(Element(), std::integral_constant<int, head dim class>()).
+template <class Visit>
+void visit_types(const Problem& problem, Visit visit) {
   const int head_dim = head_dim_class(problem);
-  auto fill = [&]<class Element>(Element) {
-    for (int v = 0; v < kVariants; ++v) {
-      const Variant variant = static_cast<Variant>(v);
-      switch (head_dim) {
-        case 32: entries[v] = Entry<Element, 32>()(variant); break;
-        case 64: entries[v] = Entry<Element, 64>()(variant); break;
-        case 96: entries[v] = Entry<Element, 96>()(variant); break;
-        case 128: entries[v] = Entry<Element, 128>()(variant); break;
-        case 192: entries[v] = Entry<Element, 192>()(variant); break;
-        default: entries[v] = Entry<Element, 256>()(variant); break;
-      }
+  auto with_head_dim = [&](auto element) {
+    switch (head_dim) {
+      case 32: return visit(element, std::integral_constant<int, 32>());
+      case 64: return visit(element, std::integral_constant<int, 64>());
+      case 96: return visit(element, std::integral_constant<int, 96>());
+      case 128: return visit(element, std::integral_constant<int, 128>());
+      case 192: return visit(element, std::integral_constant<int, 192>());
+      default: return visit(element, std::integral_constant<int, 256>());
     }
   };
-  if (problem.type == ScalarType::float16) fill(__half());
-  else fill(__nv_bfloat16());
+  if (problem.type == ScalarType::float16) with_head_dim(__half());
+  else with_head_dim(__nv_bfloat16());
 }
 
 }  // namespace natten::fused_sm80

@@ -35,6 +35,7 @@ struct Parameters {
   Tensor out, logsumexp;
   // Backward. statistics: float2 {logsumexp * log2(e), delta} per query and head.
   Tensor grad_out, grad_logsumexp, statistics;
+  Tensor accumulator;  // float [B, X, Y, Z, H, D rounded up to 16]: query gradients that grow by atomic additions
   Tensor grad_query, grad_key, grad_value;
   // Key gradients of the additional keys: each part of the queries leaves a float32 [part, B, S, Hkv, D + Dv].
   float* partial;

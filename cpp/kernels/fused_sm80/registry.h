@@ -31,5 +31,8 @@ template <class Element, int kHeadDim>
 KernelEntry query_gradient_entry(Variant variant);
 template <class Element, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant);
+// The key gradient kernel that accumulates query gradients; one size.
+template <class Element, int kHeadDim>
+KernelEntry accumulating_entry();
 
 }  // namespace natten::fused_sm80

@@ -31,7 +31,8 @@ struct BoxWalk {
     if (run >= 0 && run < kRuns) run_offset[t][run] = offset_of_run(p.box, tensor, run);
   }
 
-  // By one thread, once the block is located. `round` is what a whole walk further means: 0 or the distance of heads.
+  // By one thread per tensor, once the block is located. `round` is what a whole walk further means: 0 or the distance of
+  // heads.
   template <class Block>
   __device__ __forceinline__ void start(const Parameters& p, const Block& block, int t, const Tensor& tensor,
                                         const char* origin, int64_t round) {
@@ -116,15 +117,19 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
       this->run_offset[3][threadIdx.x] = int(threadIdx.x) * tile::kRun * p.additional_value.step[2];
     }
   }
+  // By the first warp, which then enters the first boxes and synchronises.
   template <class Block>
   __device__ __forceinline__ void start(const Parameters& p, const Block& block) {
-    const int head = block.head / p.heads_per_kv;
-    Base::start(p, block, 0, p.key, block.walk_origin(p.key, head), 0);
-    Base::start(p, block, 1, p.value, block.walk_origin(p.value, head), 0);
-    this->box[0] = make_int4(0, 0, 0, 0);
-    this->box[0].w = Base::whole(p, block.size, this->box[0]);
-    window_boxes = Base::boxes(p, block.size);
-    steps = window_boxes + (p.additional + kKeys - 1) / kKeys;
+    const int lane = threadIdx.x;
+    const Tensor& t = lane == 0 ? p.key : p.value;
+    if (lane < 2) Base::start(p, block, lane, t, block.walk_origin(t, block.head / p.heads_per_kv), 0);
+    if (lane == 0) {
+      const int4 first = make_int4(0, 0, 0, 0);
+      this->box[0] = make_int4(0, 0, 0, Base::whole(p, block.size, first));
+      window_boxes = Base::boxes(p, block.size);
+      steps = window_boxes + (p.additional + kKeys - 1) / kKeys;
+    }
+    __syncwarp();
   }
   template <class Block>
   __device__ __forceinline__ void enter(int n, const Parameters& p, const Block& block) {
@@ -153,32 +158,31 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
   }
 };
 
-// Tensor 0: queries, 1: output gradients, 2: statistics. Round r of the walk is query head r of the group.
-template <int kQueries, int kRing>
-struct QueryWalk : BoxWalk<3, kQueries, kRing> {
-  using Base = BoxWalk<3, kQueries, kRing>;
+// Tensor 0: queries, 1: output gradients, 2: statistics, 3: accumulators of query gradients, if any. Round r of the walk
+// is query head r of the group.
+template <int kQueries, int kRing, bool kAccumulate>
+struct QueryWalk : BoxWalk<3 + kAccumulate, kQueries, kRing> {
+  using Base = BoxWalk<3 + kAccumulate, kQueries, kRing>;
 
   __device__ __forceinline__ void fill_run_offsets(const Parameters& p) {
     Base::fill_run_offsets(p, 0, p.query);
     Base::fill_run_offsets(p, 1, p.grad_out);
     Base::fill_run_offsets(p, 2, p.statistics);
+    if constexpr (kAccumulate) Base::fill_run_offsets(p, 3, p.accumulator);
   }
-  // Box number `first` of all rounds becomes box 0.
+  // Box number `first` of all rounds becomes box 0. By the first warp.
   template <class Block>
   __device__ __forceinline__ void start(int first, const Parameters& p, const Block& block) {
     const int nz = Base::boxes_along(p, block.size, 2), ny = Base::boxes_along(p, block.size, 1);
-    const int nx = Base::boxes_along(p, block.size, 0);
+    const int nx = Base::boxes_along(p, block.size, 0), lane = threadIdx.x;
     if (nz * ny * nx == 0) return;
     const int z = (first % nz) << p.box.log[2], y = (first / nz % ny) << p.box.log[1];
     const int x = (first / nz / ny % nx) << p.box.log[0], head = block.head * p.heads_per_kv + first / nz / ny / nx;
-    auto start_tensor = [&](int t, const Tensor& tensor) {
-      Base::start(p, block, t, tensor, block.walk_origin(tensor, head) + box_offset(tensor, {x, y, z}), tensor.head);
-    };
-    start_tensor(0, p.query);
-    start_tensor(1, p.grad_out);
-    start_tensor(2, p.statistics);
-    this->box[0] = make_int4(x, y, z, 0);
-    this->box[0].w = Base::whole(p, block.size, this->box[0]);
+    const Tensor& t = lane == 0 ? p.query : lane == 1 ? p.grad_out : lane == 2 ? p.statistics : p.accumulator;
+    if (lane < 3 + kAccumulate)
+      Base::start(p, block, lane, t, block.walk_origin(t, head) + box_offset(t, {x, y, z}), t.head);
+    if (lane == 0) this->box[0] = make_int4(x, y, z, Base::whole(p, block.size, make_int4(x, y, z, 0)));
+    __syncwarp();
   }
   // One float2 per query.
   __device__ __forceinline__ void load_statistics(int n, uint32_t destination, const Parameters& p,
