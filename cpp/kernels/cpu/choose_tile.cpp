@@ -9,6 +9,7 @@ constexpr int kMostSampledTiles = 64;
 
 // In slots of a processor that does two vector instructions a cycle; fitted to measured times of all shapes.
 constexpr double kTileCost = 1500;          // of a tile, besides its products
+constexpr double kRowCost = 150;            // of one of its rows, at a position of axis 0
 constexpr double kCallCost = 30;            // of a call of a product
 constexpr double kLatencyAccumulators = 8;  // multiply-adds in flight: two a cycle, four cycles each
 constexpr double kScoresLoadCost = 4;       // of a streamed vector, which comes from the second cache,
@@ -75,7 +76,7 @@ TileShape choose_tile(const GridGroup& group, Stationary side, const TileWork& w
           column.lanes / lanes * (work.score_channels * block_cost(m, n, 1, kScoresLoadCost) + work.softmax) +
           column.together * fold * work.combine_vectors * block_cost(combine_m, combine_n, parts, kCombineLoadCost);
       const double calls = (ceil_div(vectors, n) + 1.0) * kCallCost / tokens;
-      const double cost = row.seen * (per_row + calls) + kTileCost / (rows * columns) / outer;
+      const double cost = row.seen * (per_row + calls) + kRowCost / columns + kTileCost / (rows * columns) / outer;
       if (best_cost < 0 || cost < best_cost) {
         best_cost = cost;
         best = {rows, columns, fold};

@@ -137,8 +137,13 @@ NATTEN_INLINE void block_combine(const Block<T>& block, const Stream& stream, in
                                  const T* weights, const void* row_major, T* out, const T* factors = nullptr) {
   const PackedGrid& grid = stream.grid;
   const int padded = padded_channels<T>(channels);
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0, next; r < rows; r = next) {
+    // Neighbouring rows mostly see the same part of the block: one product then serves them all.
     const RowRange seen = rows_seen(block, stream, r);
+    for (next = r + 1; next < rows; ++next) {
+      const RowRange other = rows_seen(block, stream, next);
+      if (other.begin != seen.begin || other.end != seen.end) break;
+    }
     if (seen.begin >= seen.end) continue;
     const int64_t folded_row = static_cast<int64_t>(block.outer) * grid.folded_rows + seen.begin;
     Combination<T> product;
@@ -153,7 +158,7 @@ NATTEN_INLINE void block_combine(const Block<T>& block, const Stream& stream, in
     product.out = out + static_cast<int64_t>(r) * columns * padded;
     product.out_pitch = padded;
     product.factors = factors ? factors + r * columns : nullptr;
-    multiply_combine(product, columns, padded / kLanes<T>);
+    multiply_combine(product, (next - r) * columns, padded / kLanes<T>);
   }
 }
 
