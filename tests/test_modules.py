@@ -33,6 +33,24 @@ def test_is_attention_between_projections(rank: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_derivatives_of_the_packed_projection() -> None:
+    layer = natten.NeighborhoodAttention1D(4, 2, kernel_size=3, is_causal=True).double()
+    x = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+    assert torch.autograd.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast(dtype: torch.dtype) -> None:
+    layer = natten.NeighborhoodAttention1D(8, 2, 3)
+    x = torch.randn(1, 6, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert x.grad is not None
+
+
 def test_state_dict_names() -> None:
     layer = natten.NeighborhoodAttention2D(8, 2, 3)
     shapes = {name: tuple(t.shape) for name, t in layer.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from natten.dispatch import (
 )
 from natten.types import CausalFlag, Dimension
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_packed"]
 
 _MAX_PREPARED = 4096
 
@@ -107,9 +108,6 @@ def attend(
         query, key, value, additional_keys, additional_values = autocast(
             query, key, value, additional_keys, additional_values
         )
-    flags = current_flags(query) | (DETERMINISTIC if deterministic else 0)
-    requires_grad = False
-    signature: tuple[Any, ...] | None
     try:
         requires_grad = torch.is_grad_enabled() and (
             query.requires_grad
@@ -118,6 +116,60 @@ def attend(
             or (additional_keys is not None and additional_keys.requires_grad)
             or (additional_values is not None and additional_values.requires_grad)
         )
+    except AttributeError:  # no tensor: the checks will name it
+        requires_grad = False
+    call = _prepare(
+        rank,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        scale,
+        additional_keys,
+        additional_values,
+        q_start,
+        kv_start,
+        extent,
+        kernel,
+        backend,
+        current_flags(query) | (DETERMINISTIC if deterministic else 0),
+        requires_grad,
+    )
+    if call.composite:
+        return composite(call.problem, query, key, value, additional_keys, additional_values, Kernel(call.kernel))
+    if requires_grad:
+        return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
+            call, query, key, value, additional_keys, additional_values
+        )
+    return _fused_forward(call, query, key, value, additional_keys, additional_values)
+
+
+def _prepare(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension,
+    dilation: Dimension,
+    is_causal: CausalFlag | None,
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    q_start: Dimension | None,
+    kv_start: Dimension | None,
+    extent: Dimension | None,
+    kernel: str | Kernel | None,
+    backend: str | None,
+    flags: int,
+    requires_grad: bool,
+) -> Prepared:
+    """The call, checked and its kernels chosen; remembered, so that a repeated call costs a lookup."""
+    signature: tuple[Any, ...] | None
+    try:
         signature = (
             rank,
             query.shape,
@@ -174,13 +226,7 @@ def attend(
             if len(_prepared) >= _MAX_PREPARED:
                 _prepared.clear()
             _prepared[signature] = call
-    if call.composite:
-        return composite(call.problem, query, key, value, additional_keys, additional_values, Kernel(call.kernel))
-    if requires_grad:
-        return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
-            call, query, key, value, additional_keys, additional_values
-        )
-    return _fused_forward(call, query, key, value, additional_keys, additional_values)
+    return call
 
 
 def composite(
@@ -247,6 +293,43 @@ def _fused_forward(
     return out, lse
 
 
+def _fused_backward(
+    call: Prepared,
+    tensors: Sequence[Any],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Writes the gradients of query, key, value and the additional ones; `tensors` are these, out and logsumexp."""
+    query, key, value, additional_keys, additional_values, out, lse = tensors
+    kernel, plan, workspace_bytes, aligned = call.choose_backward()
+    grad_out = torch.zeros_like(out) if grad_out is None else _unfused.rows(grad_out)
+    if aligned:
+        grad_out, query, key, value = (_unfused.prepared(t, kernel) for t in (grad_out, query, key, value))
+        if additional_keys is not None:
+            additional_keys = _unfused.prepared(additional_keys, kernel)
+            additional_values = _unfused.prepared(additional_values, kernel)
+    workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
+    torch.ops.natten.na_backward.default(
+        grad_out,
+        None if grad_lse is None else grad_lse.to(lse.dtype),
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        out,
+        lse,
+        *grads,
+        workspace,
+        call.window,
+        call.scale,
+        int(kernel),
+        call.flags,
+        plan,
+    )
+
+
 class _Attention(torch.autograd.Function):
     # The context is filled in `forward`: a separate `setup_context` doubles the time of a small call.
     @staticmethod
@@ -268,55 +351,80 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         call: Prepared = ctx.call
-        query, key, value, additional_keys, additional_values, out, lse = tensors = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         if torch.is_grad_enabled():
             # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
-            return _backward_with_graph(ctx, tensors[:5], grad_out, grad_lse)
-        kernel, plan, workspace_bytes, aligned = call.choose_backward()
-        grad_out = torch.zeros_like(out) if grad_out is None else _unfused.rows(grad_out)
-        if aligned:
-            grad_out, query, key, value = (_unfused.prepared(t, kernel) for t in (grad_out, query, key, value))
-            if additional_keys is not None:
-                additional_keys = _unfused.prepared(additional_keys, kernel)
-                additional_values = _unfused.prepared(additional_values, kernel)
+            return (None, *_backward_with_graph(call, tensors[:5], ctx.needs_input_grad[1:], grad_out, grad_lse))
         grads = [None if t is None else t.new_empty(t.shape) for t in tensors[:5]]
-        workspace = query.new_empty(workspace_bytes, dtype=torch.uint8) if workspace_bytes else None
-        torch.ops.natten.na_backward.default(
-            grad_out,
-            None if grad_lse is None else grad_lse.to(lse.dtype),
-            query,
-            key,
-            value,
-            additional_keys,
-            additional_values,
-            out,
-            lse,
-            *grads,
-            workspace,
-            call.window,
-            call.scale,
-            int(kernel),
-            call.flags,
-            plan,
-        )
+        _fused_backward(call, tensors, grad_out, grad_lse, grads)
         return (None, *grads)
 
 
+class _PackedAttention(torch.autograd.Function):
+    """Attention of a packed projection [B, X, Y, Z, 3, H, D], whose gradient is written in place, not stacked."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Prepared, packed: Tensor) -> Tensor:
+        query, key, value = packed.unbind(-3)
+        out, lse = _fused_forward(call, query, key, value, None, None)
+        ctx.call = call
+        ctx.save_for_backward(packed, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        packed, out, lse = ctx.saved_tensors
+        parts = (*packed.unbind(-3), None, None)
+        if torch.is_grad_enabled():
+            needed = (True, True, True, False, False)
+            return None, torch.stack(_backward_with_graph(ctx.call, parts, needed, grad_out, None)[:3], -3)
+        grad = packed.new_empty(packed.shape)
+        _fused_backward(ctx.call, (*parts, out, lse), grad_out, None, (*grad.unbind(-3), None, None))
+        return None, grad
+
+
+def attend_packed(
+    rank: int,
+    packed: Tensor,
+    kernel_size: Dimension,
+    stride: Dimension,
+    dilation: Dimension,
+    is_causal: CausalFlag,
+    scale: float,
+) -> Tensor:
+    """Output of neighborhood attention of the packed query, key and value [B, X, Y, Z, 3, H, D]."""
+    if autocast_enabled(packed):
+        (packed,) = autocast(packed)
+    query, key, value = packed.unbind(-3)
+    requires_grad = torch.is_grad_enabled() and packed.requires_grad
+    window = (kernel_size, stride, dilation, is_causal, scale, None, None, None, None, None)
+    call = _prepare(rank, query, key, value, *window, None, None, current_flags(packed), requires_grad)
+    if call.composite:
+        return composite(call.problem, query, key, value, None, None, Kernel(call.kernel))[0]
+    if requires_grad:
+        return _PackedAttention.apply(call, packed)  # type: ignore[no-untyped-call, no-any-return]
+    return _fused_forward(call, query, key, value, None, None)[0]
+
+
 def _backward_with_graph(
-    ctx: Any, tensors: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Any, ...]:
-    call: Prepared = ctx.call
+    call: Prepared,
+    tensors: Sequence[Any],
+    needed: Sequence[bool],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> list[Any]:
+    """Gradients that can be differentiated again, through the unfused operators."""
     kernel = call.forced if call.forced is not None and call.forced in _UNFUSED_KERNELS else None
     query, key, value, additional_keys, additional_values = tensors
     outputs = composite(call.problem, query, key, value, additional_keys, additional_values, kernel)
     pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
-    wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
     found = iter(
         torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
     )
-    return (None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:]))
+    return [next(found) if need else None for need in needed]
 
 
 _UNFUSED_KERNELS = frozenset(kernel for kernel, family in FAMILIES.items() if Operation.qk in family.operations)

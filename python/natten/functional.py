@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether a graph is being captured from Python: then one composite operator of ours stands for the call."""
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
@@ -133,7 +133,7 @@ def _attention(
     backend: str | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if _traced():
+    if traced():
         operator = getattr(torch.ops.natten, f"na{rank}d").with_lse
         out, lse = operator(
             query,
@@ -345,7 +345,7 @@ def na_qk(
 
     Raises: as `na2d`.
     """
-    if _traced():
+    if traced():
         rank = query.dim() - 3
         return cast(
             Tensor,
@@ -396,7 +396,7 @@ def na_av(
 
     Raises: as `na2d`.
     """
-    if _traced():
+    if traced():
         rank = attn.dim() - 3
         return cast(
             Tensor,

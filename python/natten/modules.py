@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from natten._attention import attend_packed
 from natten._problem import check_window_arguments
-from natten.functional import neighborhood_attention_generic
+from natten.functional import neighborhood_attention_generic, traced
 from natten.types import CausalFlag, Dimension
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -64,19 +65,14 @@ class _NeighborhoodAttention(nn.Module):
                 f"{tuple(x.shape)}"
             )
         # Query, key and value are views of the packed projection; kernels read them in place.
-        packed = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = packed.unbind(-3)
-        out = neighborhood_attention_generic(
-            query,
-            key,
-            value,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=self.is_causal,
-            scale=self.scale,
-        )
-        assert isinstance(out, Tensor)
+        packed = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, self.head_dim)
+        window = (self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
+        if traced():
+            query, key, value = packed.unbind(-3)
+            out = neighborhood_attention_generic(query, key, value, *window)
+            assert isinstance(out, Tensor)
+        else:
+            out = attend_packed(self.rank, packed, *window)
         projected: Tensor = self.proj_drop(self.proj(out.flatten(-2)))
         return projected
 
