@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -332,3 +336,68 @@ def test_command_rejects_unknown_names(small_list: list[str], option: list[str])
 
 def test_every_peer_has_a_name_for_the_recorded_columns() -> None:
     assert {"dense_cudnn", "dense_flash2"} <= set(PEERS) & set(read_data("problems_h200.json")["peers"])
+
+
+@pytest.fixture(scope="module")
+def rungs() -> ModuleType:
+    path = Path(__file__).resolve().parent.parent / "tools" / "rungs.py"
+    spec = importlib.util.spec_from_file_location("rungs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rungs"] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_problem_of_the_grid_is_legal(rungs: ModuleType) -> None:
+    problems = rungs.grid()
+    assert len({(problem.name, problem.dtype) for problem in problems}) == len(problems)
+    for problem in problems:
+        assert useful_pairs(problem) == problem.batch * problem.heads * problem.tokens * math.prod(problem.kernel_size)
+    assert {problem.rank for problem in problems} == {1, 2, 3}
+    assert any(max(problem.dilation) > 1 for problem in problems)
+
+
+def test_a_sampled_grid_covers_every_rank_and_type_from_the_start(rungs: ModuleType) -> None:
+    order = rungs.evenly_sampled(rungs.grid(), seed=1)
+    assert sorted(p.name + p.dtype for p in order) == sorted(p.name + p.dtype for p in rungs.grid())
+    for turn in (0, 1, 2):
+        strata = {(p.rank, p.dtype) for p in order[6 * turn : 6 * turn + 6]}
+        assert len(strata) == 6
+
+
+def test_improvements_are_averaged_over_what_both_rungs_ran(rungs: ModuleType) -> None:
+    first, second = rungs.grid()[:2]
+
+    def rung(problem: BenchProblem, name: str, forward: float, backward: float | None) -> Any:
+        ms = {"forward": forward} | ({} if backward is None else {"backward": backward})
+        return rungs.Measurement(problem, name, (name,), ms, dict.fromkeys(ms, 0.5))
+
+    rows = rungs.averages(
+        [
+            rung(first, "naive", 10.0, 20.0),
+            rung(first, "fused", 2.0, 4.0),
+            rung(second, "naive", 6.0, 6.0),
+            rung(second, "fused", 3.0, None),
+        ]
+    )
+    fused = {row.passes: row for row in rows if row.rung == "fused"}
+    assert fused["forward"].improvement == pytest.approx((4.0 + 1.0) / 2)
+    assert fused["forward"].problems == 2
+    assert fused["forward + backward"].improvement == pytest.approx(4.0)
+    assert fused["forward + backward"].problems == 1
+    assert fused["forward"].floor_share == pytest.approx(0.5)
+    assert fused["forward"].published == 17.59
+
+
+def test_floor_of_the_composite_moves_the_weights_between_its_operations(rungs: ModuleType) -> None:
+    problem = dataclasses.replace(rungs.grid()[0], dtype="float16")
+    ceilings = Ceilings(bandwidth_tbps=1.0, tflops={"float16": 1e9})  # bytes alone
+    weights = 2 * problem.batch * problem.tokens * problem.heads * problem.kernel_size[0]
+    tensor = 2 * problem.batch * problem.tokens * problem.heads * problem.head_dim
+    forward = rungs.rung_floor_ms(problem, "gemm", "forward", ceilings)
+    assert forward == pytest.approx((4 * weights + 4 * tensor) * 1e-9)  # qk, softmax reads and writes, av
+    backward = rungs.rung_floor_ms(problem, "gemm", "backward", ceilings)
+    assert backward == pytest.approx((7 * weights + 8 * tensor) * 1e-9)  # four operators, softmax's three
+    assert rungs.rung_floor_ms(problem, "fused", "forward", ceilings) == pytest.approx(4 * tensor * 1e-9)
