@@ -12,7 +12,7 @@ constexpr int kMostVectors = 4;
 template <class T>
 constexpr int kBlockLanes = kBlockBytes / static_cast<int>(sizeof(T));
 
-// out[i, lane] = mask[i, lane] + sum over channels of stationary[i, channel] * streaming[channel, lane]
+// out[i, lane] = min(mask[i, lane], sum over channels of stationary[i, channel] * streaming[channel, lane])
 // A stationary operand is stored [channels / lanes, tokens, lanes]: a token's broadcasts are then at constant offsets.
 template <class T>
 struct Scores {
@@ -34,12 +34,6 @@ static void scores(const Scores<T>& a) {
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[i][n] = Vector<T>{};
-  if (a.mask) {
-#pragma GCC unroll 32
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[i][n] = load(a.mask + i * a.mask_pitch + n * L);
-  }
   const T* streaming = a.streaming;
   const T* stationary = a.stationary;
   T* out = a.out;
@@ -56,6 +50,12 @@ static void scores(const Scores<T>& a) {
       streaming += a.pitch;
     }
     stationary += a.stationary_step;
+  }
+  if (a.mask) {
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[i][n] = minimum<T>(sum[i][n], load(a.mask + i * a.mask_pitch + n * L));
   }
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i)

@@ -37,7 +37,7 @@ NATTEN_INLINE RowRange rows_seen(const Block<T>& block, const Stream& stream, in
 template <class T>
 constexpr int64_t kMaskElements = 2 * kTileTokens * kBlockLanes<T>;
 
-// 0 inside a column's window and -infinity outside, [columns + kTileTokens, lanes]; columns repeat cyclically, so that
+// +infinity inside a column's window and -infinity outside, [columns + kTileTokens, lanes]; columns repeat cyclically, so that
 // the tokens from any point of the tile on find theirs in consecutive rows.
 template <class T>
 NATTEN_INLINE void make_mask(const Block<T>& block, const Stream& stream, int columns, T* mask) {
@@ -49,7 +49,7 @@ NATTEN_INLINE void make_mask(const Block<T>& block, const Stream& stream, int co
     for (int lane = 0; lane < block.lanes; lane += L) {
       const IntegerVector<T> number = lane_numbers<T>() + lane;
       const Vector<T> outside = broadcast<T>(-__builtin_inff());
-      const Vector<T> value = ((number >= begin) & (number < end)) ? Vector<T>{} : outside;
+      const Vector<T> value = ((number >= begin) & (number < end)) ? -outside : outside;
       for (int row = c; row < columns + kTileTokens; row += columns) store(mask + row * block.lanes + lane, value);
     }
   }

@@ -50,6 +50,12 @@ NATTEN_INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
 }
 
+// Where `a` is NaN, `b`.
+template <class T>
+NATTEN_INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) {
+  return a < b ? a : b;
+}
+
 template <class T>
 NATTEN_INLINE IntegerVector<T> lane_numbers() {
   IntegerVector<T> result;
