@@ -144,6 +144,30 @@ def test_backward_pass_has_its_own_decision() -> None:
 
 
 @pytest.mark.usefixtures("every_architecture")
+def test_workspace_of_the_backward_pass() -> None:
+    """The formulas of the kernels' sources: the kernels refuse less."""
+
+    def workspace(**arguments: object) -> int:
+        decision = explain_cuda(requires_grad=True, **arguments).backward
+        assert decision is not None
+        return decision.workspace_bytes
+
+    rows = 2 * 32 * 32 * 4
+    assert workspace(kernel="naive") == 4 * rows
+    assert workspace(kernel="naive", dtype=torch.float64) == 8 * rows
+    statistics, accumulators = 8 * rows, 4 * 64 * rows
+    assert workspace(kernel="fused_sm80") == statistics + accumulators
+    extra = {"additional_keys": (2, 100, 4, 64), "additional_values": (2, 100, 4, 64)}
+    partial = 4 * 16 * 2 * 100 * 4 * 128  # 512 / (2 * 4 * 2 tiles) = 32 parts, at most 16
+    assert workspace(kernel="fused_sm80", **extra) == statistics + partial + accumulators
+    natten.use_deterministic_algorithms()
+    try:
+        assert workspace(kernel="fused_sm80") == statistics
+    finally:
+        natten.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("every_architecture")
 @pytest.mark.parametrize(
     ("backend", "kernel"), [("cutlass-fna", "fused_sm80"), ("hopper-fna", "fused_sm90"), ("reference", "naive")]
 )

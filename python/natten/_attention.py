@@ -135,7 +135,7 @@ def attend(
         extent,
         kernel,
         backend,
-        current_flags(query) | (DETERMINISTIC if deterministic else 0),
+        current_flags(query.dtype, query.device) | (DETERMINISTIC if deterministic else 0),
         requires_grad,
     )
     if call.composite:
@@ -197,7 +197,9 @@ def _prepare(
             context._memory_usage,
             None if additional_keys is None else _signature(additional_keys),
             None if additional_values is None else _signature(additional_values),
-            None if q_start is None and kv_start is None and extent is None else (q_start, kv_start, extent),
+            None
+            if q_start is None and kv_start is None and extent is None
+            else tuple(tuple(v) if type(v) is list else v for v in (q_start, kv_start, extent)),
         )
         call = _prepared.get(signature)
     except (TypeError, AttributeError):  # symbolic or unhashable arguments, or wrong ones that the checks will name
@@ -400,7 +402,9 @@ def attend_packed(
     query, key, value = packed.unbind(-3)
     requires_grad = torch.is_grad_enabled() and packed.requires_grad
     window = (kernel_size, stride, dilation, is_causal, scale, None, None, None, None, None)
-    call = _prepare(rank, query, key, value, *window, None, None, current_flags(packed), requires_grad)
+    call = _prepare(
+        rank, query, key, value, *window, None, None, current_flags(packed.dtype, packed.device), requires_grad
+    )
     if call.composite:
         return composite(call.problem, query, key, value, None, None, Kernel(call.kernel))[0]
     if requires_grad:

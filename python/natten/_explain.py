@@ -124,7 +124,7 @@ def explain(
         q_start,
         kv_start,
         extent,
-        current_flags(q),
+        current_flags(q.dtype, device),
     )
     problem = replace(problem, device=device)
     if requires_grad is None:

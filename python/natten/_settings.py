@@ -13,12 +13,12 @@ from natten._problem import ALLOW_TF32, DETERMINISTIC
 __all__ = ["autocast", "autocast_enabled", "current_flags"]
 
 
-def current_flags(tensor: Tensor) -> int:
+def current_flags(dtype: torch.dtype, device: torch.device) -> int:
     """The operators' `flags` under torch's and natten's current settings."""
     flags = DETERMINISTIC if context.are_deterministic_algorithms_enabled() else 0
     # fp32_precision follows both the older settings (allow_tf32, set_float32_matmul_precision) and the newer ones;
     # reading the older ones raises after the newer were set.
-    if tensor.dtype == torch.float32 and tensor.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         flags |= ALLOW_TF32
     return flags
 

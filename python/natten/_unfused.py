@@ -44,7 +44,7 @@ def checked_qk(
     problem = unfused_problem(query, "query", key, "key", False, *window)
     if rpb is not None:
         check_rpb(rpb, problem, query)
-    problem = replace(problem, flags=current_flags(query))
+    problem = replace(problem, flags=current_flags(query.dtype, query.device))
     return qk(problem, query, key, rpb, forced_kernel(kernel, None, query.device))
 
 
@@ -65,7 +65,10 @@ def checked_av(
     if isinstance(attention, Tensor) and autocast_enabled(attention):
         attention, value = autocast(attention, value)
     window = (kernel_size, stride, dilation, is_causal, 1.0, q_start, kv_start, extent)
-    problem = replace(unfused_problem(attention, "attn", value, "value", True, *window), flags=current_flags(attention))
+    problem = replace(
+        unfused_problem(attention, "attn", value, "value", True, *window),
+        flags=current_flags(attention.dtype, attention.device),
+    )
     return av(problem, attention, value, forced_kernel(kernel, None, attention.device))
 
 

@@ -40,8 +40,8 @@ def set_memory_usage_preference(pref: str = "default") -> None:
     """How much memory beyond inputs and outputs the dispatcher may spend for speed.
 
     `"default"`: attention weights may be stored (kernel `gemm`) where that is estimated faster and they take at most
-    a quarter of the device's memory. `"strict"`: they are never stored, unless the caller forces such a kernel.
-    `"unrestricted"`: no limit.
+    a quarter of the device's memory; `fused_sm80` may accumulate query gradients in float32. `"strict"`: weights are
+    never stored, unless the caller forces such a kernel, and gradients never accumulated. `"unrestricted"`: no limit.
 
     Raises `ValueError` for any other value.
     """
