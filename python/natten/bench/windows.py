@@ -29,7 +29,7 @@ def checked_problem(problem: BenchProblem, dtype: torch.dtype, device: torch.dev
         problem.dilation,
         problem.causal,
     )
-    return replace(checked, device=device, flags=current_flags(torch.empty(0, dtype=dtype, device=device)))
+    return replace(checked, device=device, flags=current_flags(dtype, device))
 
 
 @dataclass(frozen=True)
