@@ -34,6 +34,7 @@ def offered_kernels() -> list[str]:
 
 
 def chosen_kernels(config: pytest.Config) -> list[str]:
+    """What `--kernels` names, or all; where there is none, tests of kernels are skipped for want of a parameter."""
     option: str | None = config.getoption("--kernels", default=None)
     return [*offered_kernels(), AUTO] if option is None else [name for name in option.split(",") if name]
 
@@ -46,7 +47,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kernels = chosen_kernels(config)
-    unwanted = [item for item in items if AUTO not in kernels and "kernel" not in getattr(item, "fixturenames", ())]
+
+    def is_wanted(item: pytest.Item) -> bool:
+        if "kernel" in getattr(item, "fixturenames", ()):
+            return config.getoption("--kernels", default=None) != AUTO
+        return AUTO in kernels
+
+    unwanted = [item for item in items if not is_wanted(item)]
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
         items[:] = [item for item in items if item not in unwanted]

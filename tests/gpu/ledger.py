@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from problems import Case
 from tolerances import Tolerance, errors
 from torch import Tensor
 
@@ -24,6 +25,17 @@ def worst_place(result: Tensor, oracle: Tensor) -> str:
         f"{result[..., 0].numel()} rows are off by more than 5 % of the largest value, the first {first}, "
         f"the last {tuple(wrong_rows[-1].tolist()) if len(wrong_rows) else ()}"
     )
+
+
+def brief(case: object) -> str:
+    """A case in one line of a table."""
+    if not isinstance(case, Case):
+        return str(case)
+    sizes = "x".join(str(a.queries) for a in case.axes)
+    window = ",".join(f"{a.kernel_size}{'c' if a.is_causal else ''}/{a.stride}/{a.dilation}" for a in case.axes)
+    extra = f"+{case.additional}" if case.additional else ""
+    dims = str(case.head_dim) if case.head_dim == case.head_dim_v else f"{case.head_dim},{case.head_dim_v}"
+    return f"{sizes}{extra} k/s/d {window} D {dims}"
 
 
 class Ledger:
@@ -46,7 +58,7 @@ class Ledger:
         whole, row = errors(result, oracle, magnitude, tolerance)
         ratio = max(whole, row) / limit if math.isfinite(whole) and math.isfinite(row) else math.inf
         if ratio >= self.worst:
-            self.worst, self.worst_case = ratio, f"{name} {case}"
+            self.worst, self.worst_case = ratio, f"{name} {brief(case)}"
         assert ratio <= 1, (
             f"{name}: error {whole:.2e}, worst row {row:.2e}, allowed {limit:.0e}; "
             f"{worst_place(result, oracle)}\n{case}"
