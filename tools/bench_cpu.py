@@ -5,12 +5,13 @@
 
 Contenders: the kernels `cpu` and `cpu_naive`; `sdpa_mask`, dense attention with a boolean mask; `flex`, FlexAttention
 compiled, forward only; `unfold`, gathered windows in plain torch, compiled. Masks, token orders and compilation are
-outside the measurement. Writes OUTPUT.json and OUTPUT.md; prints the table.
+outside the measurement, and so is the time of fresh memory pages. Writes OUTPUT.json and OUTPUT.md; prints the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,16 @@ MATMUL_SIZE = 512
 NAIVE_LIMIT_GFLOP = 3.0  # a call of the naive kernel that needs more is not measured
 MASK_LIMIT_TOKENS = 8192
 FLEX_LIMIT_GFLOP = 3.0  # the same of FlexAttention
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed: else the fresh pages of every call's results are most of what is measured."""
+    if not sys.platform.startswith("linux"):
+        return
+    mmap_threshold, trim_threshold = -3, -1
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
+    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def problem(
@@ -185,11 +196,11 @@ Written by `{head["command"]}`; the numbers, with quantiles, are in `cpu.json`.
 
 {head["device"]}, torch {torch.__version__}. `torch.mm` of {MATMUL_SIZE} x {MATMUL_SIZE} matrices: {rates}.
 
-Medians of wall-clock times through the public functions. Useful GFLOP/s count `4 D` for each pair of a query and a key
-of its window, 2.5 times that in the backward pass; *of matmul* divides by the rate of `torch.mm` in the same type. The
-other columns say how many times longer than `cpu` the same problem takes: in the naive kernel, with
-`scaled_dot_product_attention` and a dense boolean mask, with FlexAttention (compiled, forward only), and with windows
-gathered in plain torch (compiled). A dash: not measured, for memory or time.
+Medians of wall-clock times through the public functions, the allocator told to keep freed memory. Useful GFLOP/s count
+`4 D` for each pair of a query and a key of its window, 2.5 times that in the backward pass; *of matmul* divides by the
+rate of `torch.mm` in the same type. The other columns say how many times longer than `cpu` the same problem takes: in
+the naive kernel, with `scaled_dot_product_attention` and a dense boolean mask, with FlexAttention (compiled, forward
+only), and with windows gathered in plain torch (compiled). A dash: not measured, for memory or time.
 
 {listing}
 """
@@ -206,6 +217,7 @@ def main() -> int:
     parser.add_argument("--output", help="path without suffix")
     arguments = parser.parse_args()
     require_library()
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     wanted, contenders = arguments.problems.split(","), arguments.contenders.split(",")
     problems = [p for p in PROBLEMS if p.name in wanted]
