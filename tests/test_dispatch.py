@@ -156,13 +156,14 @@ def test_workspace_of_the_backward_pass() -> None:
     assert workspace(kernel="naive") == 4 * rows
     assert workspace(kernel="naive", dtype=torch.float64) == 8 * rows
     statistics, accumulators = 8 * rows, 4 * 64 * rows
-    assert workspace(kernel="fused_sm80") == statistics + accumulators
+    assert workspace(kernel="fused_sm80", kernel_size=7) == statistics, "small windows: two kernels"
+    assert workspace(kernel="fused_sm80", kernel_size=32) == statistics + accumulators
     extra = {"additional_keys": (2, 100, 4, 64), "additional_values": (2, 100, 4, 64)}
     partial = 4 * 16 * 2 * 100 * 4 * 128  # 512 / (2 * 4 * 2 tiles) = 32 parts, at most 16
-    assert workspace(kernel="fused_sm80", **extra) == statistics + partial + accumulators
+    assert workspace(kernel="fused_sm80", kernel_size=32, **extra) == statistics + partial + accumulators
     natten.use_deterministic_algorithms()
     try:
-        assert workspace(kernel="fused_sm80") == statistics
+        assert workspace(kernel="fused_sm80", kernel_size=32) == statistics
     finally:
         natten.use_deterministic_algorithms(False)
 

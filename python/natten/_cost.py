@@ -6,9 +6,10 @@ the union of its windows, useful or not. The time is the longer of
     computed scores * (operations per score / (rate * efficiency) + score_ps) + tiles * tile_ns
     bytes that must move / bandwidth
 
-plus the launches. Five constants per kernel and pass, fitted to measurements on an H200 (bfloat16, 19 problems from
-7x7 windows to 30x48x80 volumes); root mean square of the error: fused_sm80 8 % forward and 11 % backward, fused_sm90
-10 %. For other devices the two times are scaled by the ratio of the float32 rates.
+plus the launches. The constants of the CUDA kernels are fitted to measurements on an H200; the root mean square of the
+error is stated beside each: over 19 problems in bfloat16, from 7x7 windows to 30x48x80 volumes, for the fused kernels,
+and over 5 to 9 problems in float16, float32 and TF32 for the others. For other devices the two times are scaled by the
+ratio of the float32 rates.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import SymInt
 
+from natten import context
 from natten._kernels import Kernel, Operation
-from natten._problem import ALLOW_TF32, Axis, Problem
+from natten._problem import ALLOW_TF32, DETERMINISTIC, Axis, Problem
 
-__all__ = ["attention_weights_bytes", "milliseconds", "nominal"]
+__all__ = ["accumulating_is_faster", "attention_weights_bytes", "milliseconds", "nominal"]
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,30 @@ def _costs(forward: Cost, backward: Cost, unfused: Cost | None = None) -> dict[O
     return costs
 
 
-_GEMM = Cost(0.3, (1, 0), score_ps=1.0, tile_ns=20.0, tile=64, box=64)
+_GEMM = Cost(0.3, (1, 0), score_ps=0.7, tile_ns=12.0, tile=64, box=64)  # 26 %
+_GEMM_INVERSE = Cost(0.4, (1, 0), score_ps=2.5, tile_ns=8.0, tile=64, box=64)  # 13 %
 _COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
+    # Two cores of one CPU, to the nearest tenth; they only order the two families.
     Kernel.cpu_naive: _costs(Cost(0.03), Cost(0.03, _ONE_PASS), Cost(0.03, (1, 0))),
     Kernel.cpu: _costs(Cost(0.2), Cost(0.2, _ONE_PASS), Cost(0.2, (1, 0))),
-    # Bound by loads, not products; the rate is that of float32 for every smaller type.
-    Kernel.naive: _costs(Cost(0.12), Cost(0.16, _TWO_PASSES), Cost(0.13, (1, 0))),
-    # Fused attention is composed of qk, softmax and av; backward of qk, av and two inverse_av.
-    Kernel.gemm: _costs(replace(_GEMM, products=(1, 1)), replace(_GEMM, products=(2, 2)), _GEMM),
-    Kernel.fused_sm80: _costs(
-        Cost(0.55, score_ps=0.3, tile_ns=12.0, tile=64, box=32),
-        Cost(0.45, _TWO_PASSES, score_ps=0.5, tile_ns=16.0, tile=32, box=64),
+    # Bound by loads, not products; the rate is that of float32 for every smaller type. 33 %, 29 %, 25 %
+    Kernel.naive: _costs(
+        Cost(0.18, score_ps=8.0), Cost(0.18, _TWO_PASSES, score_ps=8.0), Cost(0.32, (1, 0), score_ps=8.0)
     ),
-    Kernel.fused_sm90: {Operation.forward: Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=64)},
+    # Fused attention is composed of qk, softmax and av; its backward pass of qk, av and two inverse_av.
+    Kernel.gemm: {
+        **_costs(replace(_GEMM, products=(1, 1)), replace(_GEMM_INVERSE, products=(2, 2)), _GEMM),
+        Operation.inverse_av: _GEMM_INVERSE,
+    },
+    Kernel.fused_sm80: _costs(
+        Cost(0.55, score_ps=0.2, tile_ns=12.0, tile=64, box=32),  # 9 %
+        Cost(0.5, _TWO_PASSES, score_ps=1.0, tile_ns=12.0, tile=32, box=64),  # 9 %
+    ),
+    Kernel.fused_sm90: {Operation.forward: Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=32)},  # 11 %
 }
+
+# The backward pass of fused_sm80 that accumulates query gradients. 13 %
+_ACCUMULATING = Cost(0.45, _ONE_PASS, score_ps=1.0, tile_ns=32.0, tile=64, box=64)
 
 # Fused kernels are compiled for these head dims; others are padded to the next.
 _HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
@@ -162,9 +174,11 @@ def milliseconds(
     """Estimated time; `composite` kernels run a pass of fused attention as several unfused operators."""
     hardware = _cpu() if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
     cost = _COSTS[kernel][operation]
+    if kernel is Kernel.fused_sm80 and operation is Operation.backward and accumulating_is_faster(problem):
+        cost = _ACCUMULATING
     d, dv = problem.head_dim, problem.head_dim_v
     if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
-        d = dv = next(c for c in _HEAD_DIM_CLASSES if max(d, dv) <= c)
+        d, dv = _padded(problem)
     size = problem.dtype.itemsize
     queries = problem.batch * problem.queries * problem.heads
     keys = problem.batch * (problem.keys + problem.additional) * problem.heads_kv
@@ -199,3 +213,25 @@ def _rate(kernel: Kernel, problem: Problem, hardware: Hardware) -> float:
     if kernel is Kernel.gemm:  # three TF32 products make one of float32
         return hardware.tf32 if problem.flags & ALLOW_TF32 else hardware.tf32 / 3
     return hardware.float32
+
+
+def accumulating_is_faster(problem: Problem) -> bool:
+    """Whether fused_sm80 should accumulate query gradients: estimated to save a twentieth at least, and allowed."""
+    if problem.flags & DETERMINISTIC or context.is_memory_usage_strict():
+        return False
+    problem = nominal(problem)
+    dims = _padded(problem)
+
+    def seconds(cost: Cost) -> float:
+        tiles, scores = _computed(cost, problem)
+        products = cost.products[0] * dims[0] + cost.products[1] * dims[1]
+        per_score = 2 * products / (_H200.half * cost.efficiency) + cost.score_ps * 1e-12
+        return scores * per_score + tiles * cost.tile_ns * 1e-9
+
+    return seconds(_ACCUMULATING) < 0.95 * seconds(_COSTS[Kernel.fused_sm80][Operation.backward])
+
+
+def _padded(problem: Problem) -> tuple[int, int]:
+    largest = max(problem.head_dim, problem.head_dim_v)
+    padded = next(size for size in _HEAD_DIM_CLASSES if largest <= size)
+    return padded, padded

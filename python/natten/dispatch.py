@@ -16,7 +16,7 @@ import torch
 
 from natten import _cost, _library, context
 from natten._kernels import Kernel, Operation
-from natten._problem import DETERMINISTIC, DTYPES, Problem
+from natten._problem import DTYPES, Problem
 
 __all__ = ["Candidate", "Decision", "Kernel", "Operation", "choose", "kernel_from_backend", "parse_kernel"]
 
@@ -61,8 +61,7 @@ def _fused_sm80_bytes(problem: Problem) -> int:
     """What cpp/kernels/fused_sm80/backward.cu asks for.
 
     Two numbers per query and head; partial sums of the additional keys' gradients; and float32 accumulators of the
-    query gradients, which save two of seven products but are added to in any order: not when the call must be
-    deterministic, nor under the strict memory preference.
+    query gradients, which save two of seven products but are added to in any order, where they are allowed and faster.
     """
     rows = problem.batch * problem.queries * problem.heads
     needed = 8 * rows
@@ -71,7 +70,7 @@ def _fused_sm80_bytes(problem: Problem) -> int:
         if isinstance(heads, int) and isinstance(problem.additional, int):
             parts = min(max(512 // max(heads * -(-problem.additional // 64), 1), 1), 16)
         needed += 4 * parts * heads * problem.additional * (problem.head_dim + problem.head_dim_v)
-    if problem.flags & DETERMINISTIC or context.is_memory_usage_strict():
+    if not _cost.accumulating_is_faster(problem):
         return needed
     return (needed + 15) // 16 * 16 + 4 * rows * (-(-problem.head_dim // 16) * 16)
 
