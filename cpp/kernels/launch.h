@@ -24,12 +24,10 @@ inline unsigned grid_size(int64_t blocks, const char* kernel) {
   return static_cast<unsigned>(blocks);
 }
 
-// Shared memory above 48 KB must be asked for once per kernel and device; asking again is cheap.
+// More than 48 KB of shared memory, static included, must be asked for per kernel and device; asking again is cheap.
 template <class Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes, const char* name) {
-  if (bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  }
+void allow_shared_memory(Kernel* kernel, int dynamic_bytes, const char* name) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_bytes), name);
 }
 
 // Whether every row of the tensor is made of aligned 16-byte words. Absent tensors are.

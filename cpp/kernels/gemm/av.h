@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kChannels / 8][4]
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
     av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;
@@ -55,14 +55,12 @@ __global__ void __launch_bounds__(kThreads, 4)
                       (tile.batch * args.b.batch_stride +
                        tile.head / (problem.heads / problem.heads_kv) * args.b.head_stride + first_channel) *
                           int64_t(sizeof(T));
+  Walk walk;
+  walk.start(queries.walked);
   const auto load_values = [&](const int (&origin)[kAxes], int stage) {
-    const uint64_t mask = queries.box.inside(plan, origin, [&](int a) { return queries.needed[a]; });
-    const char* source = value + token_offset(tile, problem, args.b, Side::keys, origin) * int64_t(sizeof(T));
-#pragma unroll
-    for (int s = 0; s < kSlices<P, kChannels>; ++s) {
-      load_slice(value_stages + stage * kStageBytes + s * kTileBytes, source, queries.box.offset_bytes, mask, kTokens,
-                 s * 8, chunks);
-    }
+    load_box<kSlices<P, kChannels>>(value_stages + stage * kStageBytes,
+                                    value + queries.keys.offset_bytes(origin, walk.begin), queries.keys, queries.box,
+                                    plan, origin, queries.needed, 0, chunks);
     ptx::cp_async_commit();
   };
 
@@ -73,8 +71,6 @@ __global__ void __launch_bounds__(kThreads, 4)
   const unsigned row_offset[2] = {layout.query_offset(queries, rows[0]), layout.query_offset(queries, rows[1])};
 
   float sums[kChannels / 8][4] = {};
-  Walk walk;
-  walk.start(queries.walked);
   load_values(walk.origin, 0);
   int parity = 0, turned = -1;
   const T* sources[2];
@@ -103,31 +99,34 @@ __global__ void __launch_bounds__(kThreads, 4)
     more = walk.next(plan, turned);
     if (more) load_values(walk.origin, parity ^ 1);
 
-    const uint64_t attended[2] = {queries.attended[parity][rows[0]], queries.attended[parity][rows[1]]};
-    const uint64_t both = attended[0] | attended[1];
-    const uint64_t warp_attended =
-        uint64_t(__reduce_or_sync(~0u, unsigned(both >> 32))) << 32 | __reduce_or_sync(~0u, unsigned(both));
-    if (warp_attended == 0) continue;
+    const Mask attended[2] = {queries.attended[parity][rows[0]], queries.attended[parity][rows[1]]};
+    Mask warp_attended;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      warp_attended.half[h] = __reduce_or_sync(~0u, attended[0].half[h] | attended[1].half[h]);
+    }
+    if ((warp_attended.half[0] | warp_attended.half[1]) == 0) continue;
     const char* values = value_stages + parity * kStageBytes;
     const T* source[2];
-    uint64_t own[2];
+    Mask own[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       source[r] = sources[r] + int(box_offset - row_offset[r]) + 2 * quad;
-      own[r] = attended[r] >> 2 * quad;
+      own[r] = {{attended[r].half[0] >> 2 * quad, attended[r].half[1] >> 2 * quad}};
     }
     // Weight of row r and key 8 run + 2 quad + e; zero outside the window, whatever its slot holds.
     const auto weight = [&](int r, int run, int offset, int e) {
-      return own[r] >> (kRun * run + e) & 1 ? source[r][offset + e] : narrow<T>(0);
+      return own[r].half[run / 4] >> (run % 4 * kRun + e) & 1 ? source[r][offset + e] : narrow<T>(0);
     };
 #pragma unroll
     for (int k = 0; k < kTokens / kDepth<P>; ++k) {
-      if ((warp_attended >> kDepth<P> * k & ((1 << kDepth<P>)-1)) == 0) continue;
+      constexpr uint32_t kSome = (1 << kDepth<P>)-1;
+      if ((warp_attended.half[k * kDepth<P> / 32] >> k * kDepth<P> % 32 & kSome) == 0) continue;
       uint32_t raw[4];
       if constexpr (kIs16Bit<P>) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int run = 2 * k + half, offset = run_offset(plan, run, layout.strides);
+          const int run = 2 * k + half, offset = queries.run_slot[run];
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const T pair[2] = {weight(r, run, offset, 0), weight(r, run, offset, 1)};
@@ -136,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           }
         }
       } else {
-        const int offset = run_offset(plan, k, layout.strides);
+        const int offset = queries.run_slot[k];
 #pragma unroll
         for (int i = 0; i < 4; ++i) raw[i] = __float_as_uint(weight(i % 2, k, offset, i / 2));
       }

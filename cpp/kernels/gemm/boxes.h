@@ -5,6 +5,8 @@
 
 namespace natten::gemm {
 
+static_assert(kThreads == 2 * kTokens);
+
 // Visits the boxes of a region of positions, the last axis fastest.
 struct Walk {
   int origin[kAxes], begin[kAxes], end[kAxes];
@@ -29,56 +31,48 @@ struct Walk {
   }
 };
 
-// What the shape of a box says about its tokens, in shared memory. Bit t of a mask stands for token t of the box.
-struct BoxTokens {
-  uint64_t below[kAxes][kTokens + 1];  // tokens whose coordinate on the axis is below v
-  int64_t offset_bytes[kTokens];       // in the loaded tensor, from the box's first token
+// Bit t of a mask stands for token t of a box; in halves, since threads work on words.
+struct Mask {
+  uint32_t half[2];
+};
 
-  // Tokens of the box at `origin` whose positions lie in the ranges.
-  template <class Bounds>
-  __device__ __forceinline__ uint64_t inside(const Plan& plan, const int (&origin)[kAxes],
-                                             const Bounds& bounds) const {
-    uint64_t mask = ~uint64_t(0);
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const Range range = bounds(a);
-      const int low = min_int(max_int(range.begin - origin[a], 0), plan.box(a));
-      const int high = min_int(max_int(range.end - origin[a], low), plan.box(a));
-      mask &= below[a][high] ^ below[a][low];
-    }
-    return mask;
+// What the shape of a box says about its tokens, in shared memory.
+struct BoxTokens {
+  Mask below[kAxes][kTokens + 1];  // tokens whose coordinate on the axis is below v
+
+  // One half of the mask of tokens at positions [begin[a], end[a]), for a box at `origin`.
+  __device__ __forceinline__ uint32_t inside(const Plan& plan, int axis, int origin, int begin, int end,
+                                             int half) const {
+    const int low = min_int(max_int(begin - origin, 0), plan.box(axis));
+    const int high = min_int(max_int(end - origin, low), plan.box(axis));
+    return below[axis][high].half[half] ^ below[axis][low].half[half];
   }
 };
 
+// Tokens of the first `count` steps of an axis, in a box of `total` tokens of which a step of the axis spans `width` and
+// the whole axis spans `period`.
+__device__ inline Mask tokens_below(int count, int width, int period, int total) {
+  uint64_t mask = count * width >= 64 ? ~uint64_t(0) : (uint64_t(1) << (count * width)) - 1;
+  for (; period < total; period *= 2) mask |= mask << period;
+  return {{uint32_t(mask), uint32_t(mask >> 32)}};
+}
+
 // By the whole block; the caller synchronises.
-__device__ inline void make_box_tokens(BoxTokens& tokens, const Plan& plan, const Problem& problem,
-                                       const TensorView& view, int element_bytes) {
-  const int total = plan.box_tokens();
+__device__ inline void make_box_tokens(BoxTokens& tokens, const Plan& plan) {
+  int width = 1;
 #pragma unroll
-  for (int a = 0; a < kAxes; ++a) {
-    const int width = a == 2 ? 1 : a == 1 ? plan.box(2) : plan.box(1) * plan.box(2);  // tokens per step of the axis
+  for (int a = kAxes - 1; a >= 0; --a) {
     for (int v = threadIdx.x; v <= plan.box(a); v += kThreads) {
-      uint64_t mask = v * width >= 64 ? ~uint64_t(0) : (uint64_t(1) << (v * width)) - 1;
-      for (int period = width * plan.box(a); period < total; period *= 2) mask |= mask << period;
-      tokens.below[a][v] = mask;
+      tokens.below[a][v] = tokens_below(v, width, width * plan.box(a), plan.box_tokens());
     }
-  }
-  for (int t = threadIdx.x; t < total; t += kThreads) {
-    const int z = t & (plan.box(2) - 1), y = (t >> plan.box_log2[2]) & (plan.box(1) - 1),
-              x = t >> (plan.box_log2[1] + plan.box_log2[2]);
-    tokens.offset_bytes[t] = (x * view.axis_stride[0] * problem.axis[0].dilation +
-                              y * view.axis_stride[1] * problem.axis[1].dilation +
-                              z * view.axis_stride[2] * problem.axis[2].dilation) *
-                             element_bytes;
+    width *= plan.box(a);
   }
 }
 
-// Sum over axes of coordinate * stride, for the first token of run j (eight tokens along z) of a box.
-__device__ __forceinline__ int run_offset(const Plan& plan, int run, const int (&strides)[kAxes]) {
-  const int t = run * kRun;
-  const int z = t & (plan.box(2) - 1), y = (t >> plan.box_log2[2]) & (plan.box(1) - 1),
-            x = t >> (plan.box_log2[1] + plan.box_log2[2]);
-  return x * strides[0] + y * strides[1] + z * strides[2];
+// Coordinate of a box's token along an axis.
+__device__ __forceinline__ int box_coordinate(const Plan& plan, int token, int axis) {
+  const int shift = axis == 2 ? 0 : axis == 1 ? plan.box_log2[2] : plan.box_log2[1] + plan.box_log2[2];
+  return token >> shift & (plan.box(axis) - 1);
 }
 
 // Element offset of the token at `position` of the tile's dilation group, on one side of the problem.
@@ -95,21 +89,63 @@ __device__ __forceinline__ int64_t token_offset(const TokenTile& tile, const Pro
   return offset;
 }
 
-// Starts copying one slice of the tokens in `mask`; the box's other tokens, and channels past the end, become zeros.
-// `chunks` is the number of 16-byte chunks of a token; those from `first_chunk` on go into the slice.
-__device__ __forceinline__ void load_slice(char* slice, const char* origin, const int64_t* offset_bytes, uint64_t mask,
-                                           int tokens, int first_chunk, int chunks) {
-  const int chunk = threadIdx.x % 8;
-  // An mma takes two chunks of channels at a time: the second of an odd pair must be zero, later ones are never read.
-  if (first_chunk + chunk >= (chunks + 1) / 2 * 2) return;
-  const bool exists = first_chunk + chunk < chunks;
-  const char* source = origin + (first_chunk + chunk) * 16;
-  const uint32_t target = ptx::shared_address(slice);
+// Where the boxes of a region of positions lie in a tensor, in shared memory.
+struct BoxSource {
+  int64_t first_bytes;           // of the token at the region's begin
+  int64_t step_bytes[kAxes];     // from position to position
+  int64_t token_bytes[kTokens];  // from a box's first token to its others
+
+  __device__ __forceinline__ int64_t offset_bytes(const int (&origin)[kAxes], const int (&begin)[kAxes]) const {
+    return first_bytes + (origin[0] - begin[0]) * step_bytes[0] + (origin[1] - begin[1]) * step_bytes[1] +
+           (origin[2] - begin[2]) * step_bytes[2];
+  }
+};
+
+// By the whole block, once `region` is known; the caller synchronises.
+__device__ inline void make_box_source(BoxSource& source, const TokenTile& tile, const Plan& plan,
+                                       const Problem& problem, const TensorView& view, Side side, int element_bytes,
+                                       const Range (&region)[kAxes]) {
+  int64_t steps[kAxes];
 #pragma unroll
-  for (int row = threadIdx.x / 8; row < kTokens; row += kThreads / 8) {
-    if (row < tokens) {
-      const bool valid = exists && (mask >> row & 1);
-      ptx::cp_async_16(target + Slice::offset(row, chunk), valid ? source + offset_bytes[row] : origin, valid);
+  for (int a = 0; a < kAxes; ++a) steps[a] = view.axis_stride[a] * problem.axis[a].dilation * element_bytes;
+  if (threadIdx.x == 0) {
+    const int begin[kAxes] = {region[0].begin, region[1].begin, region[2].begin};
+    source.first_bytes = token_offset(tile, problem, view, side, begin) * element_bytes;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) source.step_bytes[a] = steps[a];
+  }
+  for (int t = threadIdx.x; t < kTokens; t += kThreads) {
+    source.token_bytes[t] = box_coordinate(plan, t, 0) * steps[0] + box_coordinate(plan, t, 1) * steps[1] +
+                            box_coordinate(plan, t, 2) * steps[2];
+  }
+}
+
+// Starts copying slices of the box's tokens that lie before `end`; its other tokens, and channels past the end, become
+// zeros. `chunks` is the number of 16-byte chunks of a token; those from `first_chunk` on go into the slices.
+template <int kSlices>
+__device__ __forceinline__ void load_box(char* slices, const char* first_token, const BoxSource& source,
+                                         const BoxTokens& tokens, const Plan& plan, const int (&origin)[kAxes],
+                                         const Range (&region)[kAxes], int first_chunk, int chunks) {
+  const int chunk = threadIdx.x % 8;
+  Mask mask{{~0u, ~0u}};
+#pragma unroll
+  for (int a = 0; a < kAxes; ++a) {
+    const Mask& below = tokens.below[a][min_int(max_int(region[a].end - origin[a], 0), plan.box(a))];
+    mask.half[0] &= below.half[0];
+    mask.half[1] &= below.half[1];
+  }
+  const uint32_t target = ptx::shared_address(slices);
+#pragma unroll
+  for (int i = 0; i < kTokens / (kThreads / 8); ++i) {
+    const int row = threadIdx.x / 8 + i * (kThreads / 8);
+    const bool valid = mask.half[i * (kThreads / 8) / 32] >> row % 32 & 1;
+    const char* token = first_token + (valid ? source.token_bytes[row] : 0);
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      const int c = first_chunk + s * 8 + chunk;
+      // An mma takes two chunks of channels at a time: the second of an odd pair must be zero, later ones are never read.
+      if (c >= (chunks + 1) / 2 * 2) continue;
+      ptx::cp_async_16(target + s * kTileBytes + Slice::offset(row, chunk), token + c * 16, valid && c < chunks);
     }
   }
 }
@@ -123,13 +159,18 @@ struct QueryTile {
   int begin[kAxes][kTokens], end[kAxes][kTokens];  // each query's window; empty where the tile has no query
   int position[kAxes][kTokens];
   int64_t attention[kTokens];  // element offset of a query's weights; -1: no such query
-  uint64_t attended[2][kTokens];  // of the current box, by parity of boxes
+  Mask attended[2][kTokens];   // of the current box, by parity of boxes
+  int run_slot[kTokens / kRun];  // slot of the first key of each run of a box, from the box's first key
   BoxTokens box;
+  BoxSource keys;
 
+  // Two threads a query.
   __device__ __forceinline__ void find_attended(const Plan& plan, const int (&origin)[kAxes], int parity) {
-    if (threadIdx.x >= kTokens) return;
-    const int row = threadIdx.x;
-    attended[parity][row] = box.inside(plan, origin, [&](int a) { return Range{begin[a][row], end[a][row]}; });
+    const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+    uint32_t mask = ~0u;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) mask &= box.inside(plan, a, origin[a], begin[a][row], end[a][row], half);
+    attended[parity][row].half[half] = mask;
   }
 };
 
@@ -139,7 +180,13 @@ __device__ inline bool make_query_tile(QueryTile& queries, const UnfusedArgument
                                        unsigned block) {
   const Problem& problem = args.problem;
   locate_tile(queries.tile, problem, plan.grid, Side::queries, block);
-  make_box_tokens(queries.box, plan, problem, keys, element_bytes);
+  make_box_tokens(queries.box, plan);
+  if (threadIdx.x < kTokens / kRun) {
+    const int t = threadIdx.x * kRun;
+    queries.run_slot[threadIdx.x] =
+        (box_coordinate(plan, t, 0) * args.slots[1] + box_coordinate(plan, t, 1)) * args.slots[2] +
+        box_coordinate(plan, t, 2);
+  }
   __syncthreads();
   const TokenTile& tile = queries.tile;
   if (tile.empty()) return false;
@@ -172,6 +219,8 @@ __device__ inline bool make_query_tile(QueryTile& queries, const UnfusedArgument
                                           token_offset(tile, problem, attention, Side::queries, position)
                                     : -1;
   }
+  __syncthreads();
+  make_box_source(queries.keys, tile, plan, problem, keys, Side::keys, element_bytes, queries.walked);
   __syncthreads();
   return true;
 }

@@ -1,23 +1,31 @@
 // out[j] = scale * sum over the queries i that see key j of attention[i, j - begin(i)] input[i], summed over the query heads
-// of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. The weights of a box are
-// gathered into a dense, zero-filled matrix in shared memory; every weight is read by one block only.
+// of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. Every weight is read by one
+// block only. Of a query's weights, those of the tile's keys are one piece per row of keys along the last axis.
 #pragma once
 
 #include "kernels/gemm/av.h"
 
 namespace natten::gemm {
 
+constexpr int kMostRows = kTokens / kRun;  // of keys along the last axis in a tile
+
+// A query of a box, as a key tile sees it.
+struct SeeingQuery {
+  Mask seen;              // keys of the tile inside its window
+  int64_t weights_bytes;  // where the weight of a key at the tile's origin lies
+  short first, last;      // seen keys of a row: coordinates [first, last) along the last axis
+};
+
 struct KeyTile {
   TokenTile tile;
-  Range needed[kAxes];          // positions of the queries that see some of the keys
-  int origin[kAxes];            // position of the tile's first key
-  uint64_t below[kAxes][kTokens + 1];  // keys of the tile whose coordinate on the axis is below v
-  int weight[kTokens];          // of a key: its weight's number in the window of a query whose window begins at `origin`
-  int64_t out[kTokens];         // element offset of the key's sum; -1: no such key
-  BoxTokens box;                // of queries
-  // Of the current box's queries: the keys that each sees, and the offset of the weight of a key at `origin`.
-  uint64_t seen[kTokens];
-  int64_t weights[kTokens];
+  Range needed[kAxes];             // positions of the queries that see some of the keys
+  int origin[kAxes];               // position of the tile's first key
+  Mask below[kAxes][kTokens + 1];  // keys of the tile whose coordinate on the axis is below v
+  int row_bytes[kMostRows];        // weights from the origin to the first key of a row of keys
+  int64_t out[kTokens];            // element offset of the key's sum; -1: no such key
+  BoxTokens box;                   // of queries
+  BoxSource inputs, attention;
+  SeeingQuery queries[3][kTokens];  // of the box being multiplied, the one before and the one after
 };
 
 // By the whole block; synchronises. False if the tile is empty.
@@ -25,7 +33,7 @@ __device__ inline bool make_key_tile(KeyTile& keys, const UnfusedArguments& args
                                      unsigned block) {
   const Problem& problem = args.problem;
   locate_tile(keys.tile, problem, plan.grid, Side::keys, block);
-  make_box_tokens(keys.box, plan, problem, args.b, element_bytes);
+  make_box_tokens(keys.box, plan);
   __syncthreads();
   const TokenTile& tile = keys.tile;
   if (tile.empty()) return false;
@@ -37,63 +45,108 @@ __device__ inline bool make_key_tile(KeyTile& keys, const UnfusedArguments& args
     keys.needed[a] = {max_int(all.begin, group.q_position), min_int(all.end, group.q_position + group.q_count)};
     keys.origin[a] = first;
   }
+  int width = 1;
 #pragma unroll
-  for (int a = 0; a < kAxes; ++a) {
-    const int width = a == 2 ? 1 : a == 1 ? plan.grid.tile(2) : plan.grid.tile(1) * plan.grid.tile(2);
-    for (int v = threadIdx.x; v <= plan.grid.tile(a); v += kThreads) {
-      const int reached = min_int(v, tile.count[a]);  // no query sees a key that does not exist
-      uint64_t mask = reached * width >= 64 ? ~uint64_t(0) : (uint64_t(1) << (reached * width)) - 1;
-      for (int period = width * plan.grid.tile(a); period < kTokens; period *= 2) mask |= mask << period;
-      keys.below[a][v] = mask;
+  for (int a = kAxes - 1; a >= 0; --a) {
+    const int extent = plan.grid.tile(a);
+    for (int v = threadIdx.x; v <= extent; v += kThreads) {
+      // No query sees a key that does not exist.
+      keys.below[a][v] = tokens_below(min_int(v, tile.count[a]), width, width * extent, kTokens);
     }
+    width *= extent;
+  }
+  if (threadIdx.x < kTokens >> plan.grid.tile_log2[2]) {
+    const int row = threadIdx.x, y = row & (plan.grid.tile(1) - 1), x = row >> plan.grid.tile_log2[1];
+    keys.row_bytes[row] = (x * args.slots[1] + y) * args.slots[2] * element_bytes;
   }
   if (threadIdx.x < kTokens) {
-    const int row = threadIdx.x;
-    int position[kAxes], coordinate[kAxes];
+    int position[kAxes];
     bool exists = true;
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      coordinate[a] = plan.grid.coordinate(row, a);
-      exists = exists && coordinate[a] < tile.count[a];
-      position[a] = tile.group[a].kv_position + tile.first[a] + coordinate[a];
+      const int coordinate = plan.grid.coordinate(threadIdx.x, a);
+      exists = exists && coordinate < tile.count[a];
+      position[a] = tile.group[a].kv_position + tile.first[a] + coordinate;
     }
-    keys.weight[row] = (coordinate[0] * args.slots[1] + coordinate[1]) * args.slots[2] + coordinate[2];
-    keys.out[row] = exists ? token_offset(tile, problem, args.c, Side::keys, position) : -1;
+    keys.out[threadIdx.x] = exists ? token_offset(tile, problem, args.c, Side::keys, position) : -1;
   }
+  __syncthreads();
+  make_box_source(keys.inputs, tile, plan, problem, args.b, Side::queries, element_bytes, keys.needed);
+  make_box_source(keys.attention, tile, plan, problem, args.a, Side::queries, element_bytes, keys.needed);
   __syncthreads();
   return true;
 }
 
-// Fills `seen` and `weights` for the box of queries at `origin`; the caller synchronises.
-__device__ __forceinline__ void find_seen(KeyTile& keys, const UnfusedArguments& args, const Plan& plan,
-                                          const int (&origin)[kAxes]) {
-  if (threadIdx.x >= kTokens) return;
-  const int row = threadIdx.x;
-  int position[kAxes];
+// Describes the queries of the box at walk.origin, two threads a query; the caller synchronises.
+__device__ __forceinline__ void find_seen(KeyTile& keys, int buffer, const UnfusedArguments& args, const Plan& plan,
+                                          const Walk& walk, int element_bytes) {
+  const int row = threadIdx.x / 2, half = threadIdx.x % 2;
+  SeeingQuery& query = keys.queries[buffer][row];
   int64_t weights = 0;
   bool exists = row < plan.box_tokens();
-  uint64_t seen = ~uint64_t(0);
+  uint32_t seen = ~0u;
+  int low = 0, high = 0;
 #pragma unroll
   for (int a = 0; a < kAxes; ++a) {
-    const int shift = a == 2 ? 0 : a == 1 ? plan.box_log2[2] : plan.box_log2[1] + plan.box_log2[2];
-    position[a] = origin[a] + (row >> shift & (plan.box(a) - 1));
-    exists = exists && position[a] < keys.needed[a].end;
-    const Range range = window(keys.tile.group[a], position[a]);
-    const int low = min_int(max_int(range.begin - keys.origin[a], 0), plan.grid.tile(a));
-    const int high = min_int(max_int(range.end - keys.origin[a], low), plan.grid.tile(a));
-    seen &= keys.below[a][high] ^ keys.below[a][low];
+    const int position = walk.origin[a] + box_coordinate(plan, row, a);
+    exists = exists && position < walk.end[a];
+    const Range range = window(keys.tile.group[a], position);
+    low = min_int(max_int(range.begin - keys.origin[a], 0), plan.grid.tile(a));
+    high = min_int(max_int(range.end - keys.origin[a], low), plan.grid.tile(a));
+    seen &= keys.below[a][high].half[half] ^ keys.below[a][low].half[half];
     weights = weights * args.slots[a] + (keys.origin[a] - range.begin);
   }
-  keys.seen[row] = exists ? seen : 0;
-  keys.weights[row] = weights + token_offset(keys.tile, args.problem, args.a, Side::queries, position);
+  query.seen.half[half] = exists ? seen : 0;
+  if (half == 0) {
+    query.weights_bytes = weights * element_bytes + keys.attention.offset_bytes(walk.origin, walk.begin) +
+                          keys.attention.token_bytes[row];
+  } else {
+    query.first = short(low);
+    query.last = short(min_int(high, keys.tile.count[2]));
+  }
+}
+
+// A piece keeps its address modulo 16, so it takes 16 bytes more than its weights. Rows of pieces, one per query, are
+// spread so that the queries of a quad fall into different banks.
+__host__ __device__ constexpr int piece_pitch(int row_keys, int element_bytes) { return row_keys * element_bytes + 16; }
+__host__ __device__ constexpr int query_pitch(int row_keys, int element_bytes) {
+  return (kTokens / row_keys * piece_pitch(row_keys, element_bytes) + 47) / 64 * 64 + 16;
+}
+
+// Starts copying the pieces of a box's queries. Eight lanes share a query; neighbours take neighbouring chunks.
+__device__ __forceinline__ void load_pieces(char* pieces, const char* attention, const KeyTile& keys, int buffer,
+                                            const Plan& plan, int element_bytes) {
+  constexpr int kLanes = 8;
+  const int row_keys = plan.grid.tile(2), rows = kTokens >> plan.grid.tile_log2[2];
+  const int pitch = piece_pitch(row_keys, element_bytes), chunks = pitch / 16;
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int i = 0; i < kTokens / (kThreads / kLanes); ++i) {
+    const int q = threadIdx.x / kLanes + i * (kThreads / kLanes);
+    const SeeingQuery& query = keys.queries[buffer][q];
+    if ((query.seen.half[0] | query.seen.half[1]) == 0) continue;
+    const int begin = query.first * element_bytes, end = query.last * element_bytes;
+    const uint32_t target = ptx::shared_address(pieces) + q * query_pitch(row_keys, element_bytes);
+    int row = 0, chunk = lane;
+    while (chunk >= chunks) chunk -= chunks, ++row;
+    while (row < rows) {
+      const int first_key = row * row_keys + query.first;
+      const int64_t piece = query.weights_bytes + keys.row_bytes[row];
+      const int at = chunk * 16 - int(reinterpret_cast<uintptr_t>(attention + piece) % 16);
+      if ((query.seen.half[first_key / 32] >> first_key % 32 & 1) && at < end && at + 16 > begin) {
+        ptx::cp_async_16_head(target + row * pitch + chunk * 16, attention + piece + at, min_int(end - at, 16));
+      }
+      chunk += kLanes;
+      while (chunk >= chunks) chunk -= chunks, ++row;
+    }
+  }
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
     inverse_av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;
-  constexpr int kWeightBytes = kTokens / (kSliceBytes / int(sizeof(T))) * kTileBytes;
   extern __shared__ __align__(128) char shared_bytes[];
   __shared__ KeyTile keys;
   const Problem& problem = args.problem;
@@ -103,74 +156,91 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
   const int first_channel = channel_block * kChannels;
   const int channels = min_int(problem.head_dim - first_channel, kChannels);
   const int chunks = channels * int(sizeof(T)) / 16;
-  char* dense = shared_bytes;  // [64 queries, 64 keys]
-  char* input_stages = dense + kWeightBytes;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row_keys = plan.grid.tile(2);
+  const int pitch = query_pitch(row_keys, sizeof(T));
+  char* input_stages = shared_bytes;
+  char* piece_stages = input_stages + 2 * kStageBytes;
 
-  // A thread gathers the weights of one key for every other query.
-  constexpr int kGathered = kTokens * kTokens / kThreads;
-  const int key = threadIdx.x % kTokens, first_query = threadIdx.x / kTokens;
-  T gathered[kGathered];
-  const T* key_weights = static_cast<const T*>(args.a.data) + tile.batch * args.a.batch_stride + keys.weight[key];
+  const char* attention = reinterpret_cast<const char*>(static_cast<const T*>(args.a.data) +
+                                                        tile.batch * args.a.batch_stride);
   const char* input = static_cast<const char*>(args.b.data) +
                       (tile.batch * args.b.batch_stride + first_channel) * int64_t(sizeof(T));
-
-  const auto load_box = [&](int head, const int (&origin)[kAxes], int stage) {
-    const uint64_t mask = keys.box.inside(plan, origin, [&](int a) { return keys.needed[a]; });
-    const int64_t source = head * args.b.head_stride + token_offset(tile, problem, args.b, Side::queries, origin);
-#pragma unroll
-    for (int s = 0; s < kSlices<P, kChannels>; ++s) {
-      load_slice(input_stages + stage * kStageBytes + s * kTileBytes, input + source * int64_t(sizeof(T)),
-                 keys.box.offset_bytes, mask, kTokens, s * 8, chunks);
-    }
+  Walk walk;
+  walk.start(keys.needed);
+  const auto load_next = [&](int head, int stage, int buffer) {
+    const int64_t source = head * args.b.head_stride * int64_t(sizeof(T)) +
+                           keys.inputs.offset_bytes(walk.origin, walk.begin);
+    load_box<kSlices<P, kChannels>>(input_stages + stage * kStageBytes, input + source, keys.inputs, keys.box, plan,
+                                    walk.origin, keys.needed, 0, chunks);
+    load_pieces(piece_stages + stage * kTokens * pitch, attention + head * args.a.head_stride * int64_t(sizeof(T)),
+                keys, buffer, plan, sizeof(T));
     ptx::cp_async_commit();
-    const T* head_weights = key_weights + head * args.a.head_stride;
-    const uint32_t* seen = reinterpret_cast<const uint32_t*>(keys.seen) + key / 32;
-#pragma unroll
-    for (int i = 0; i < kGathered; ++i) {
-      const int query = first_query + i * (kThreads / kTokens);
-      gathered[i] = seen[2 * query] >> key % 32 & 1 ? head_weights[keys.weights[query]] : narrow<T>(0);
-      // Few addresses at a time: all at once, they would not fit the registers.
-      if (i % 8 == 7) asm volatile("" ::: "memory");
-    }
   };
+
+  // The two keys of this thread: where their weights lie among a query's pieces, but for the pieces' alignment.
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+  const int own_key[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
+  int key_offset[2], key_row_bytes[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = own_key[r] >> plan.grid.tile_log2[2];
+    key_offset[r] = row * piece_pitch(row_keys, sizeof(T)) + (own_key[r] & (row_keys - 1)) * int(sizeof(T));
+    key_row_bytes[r] = keys.row_bytes[row];
+  }
 
   float sums[kChannels / 8][4] = {};
   const int group_heads = problem.heads / problem.heads_kv;
   int head = tile.head * group_heads;
   const int last_head = head + group_heads - 1;
-  Walk walk;
-  walk.start(keys.needed);
   bool more = keys.needed[0].size() > 0 && keys.needed[1].size() > 0 && keys.needed[2].size() > 0;
   if (more) {
-    find_seen(keys, args, plan, walk.origin);
+    find_seen(keys, 0, args, plan, walk, sizeof(T));
     __syncthreads();
-    load_box(head, walk.origin, 0);
+    load_next(head, 0, 0);
   }
-  for (int parity = 0; more; parity ^= 1) {
-    // Which 16 queries have a weight for this warp's 16 keys.
-    const uint64_t warp_keys = uint64_t(0xffff) << 16 * warp;
-    const unsigned seeing[2] = {__ballot_sync(~0u, (keys.seen[lane] & warp_keys) != 0),
-                                __ballot_sync(~0u, (keys.seen[lane + 32] & warp_keys) != 0)};
-    __syncthreads();  // everyone is done with the dense matrix and with `seen`
-#pragma unroll
-    for (int i = 0; i < kGathered; ++i) {
-      const int query = first_query + i * (kThreads / kTokens);
-      *reinterpret_cast<T*>(dense + slice_offset<T>(query, key)) = gathered[i];
-    }
+  int stage = 0, buffer = 0;
+  while (more) {
+    const int next_buffer = buffer == 2 ? 0 : buffer + 1;
+    // The alignment of the pieces loaded for this head.
+    const int head_alignment =
+        int((reinterpret_cast<uintptr_t>(attention) + head * args.a.head_stride * int64_t(sizeof(T))) % 16);
     int turned;
     if (!walk.next(plan, turned)) more = ++head <= last_head;
-    if (more) find_seen(keys, args, plan, walk.origin);
+    if (more) find_seen(keys, next_buffer, args, plan, walk, sizeof(T));
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (more) load_box(head, walk.origin, parity ^ 1);
+    if (more) load_next(head, stage ^ 1, next_buffer);
 
-    const char* inputs = input_stages + parity * kStageBytes;
+    const SeeingQuery* queries = keys.queries[buffer];
+    const char* pieces = piece_stages + stage * kTokens * pitch;
+    const char* inputs = input_stages + stage * kStageBytes;
+    // Which queries have a weight for this warp's 16 keys.
+    const uint32_t warp_keys = 0xffffu << warp % 2 * 16;
+    const unsigned seeing[2] = {__ballot_sync(~0u, (queries[lane].seen.half[warp / 2] & warp_keys) != 0),
+                                __ballot_sync(~0u, (queries[lane + 32].seen.half[warp / 2] & warp_keys) != 0)};
+    // Weight of query q for this thread's key r; zero if it does not see it, whatever its piece holds.
+    const auto weight = [&](int q, int r) {
+      const SeeingQuery& query = queries[q];
+      const int shift = (int(query.weights_bytes) + key_row_bytes[r] + head_alignment) & 15;
+      const bool seen = query.seen.half[warp / 2] >> own_key[r] % 32 & 1;
+      return seen ? *reinterpret_cast<const T*>(pieces + q * pitch + key_offset[r] + shift) : narrow<T>(0);
+    };
 #pragma unroll
     for (int k = 0; k < kTokens / kDepth<P>; ++k) {
-      if ((seeing[k * kDepth<P> / 32] >> k * kDepth<P> % 32 & ((1 << kDepth<P>)-1)) == 0) continue;
+      constexpr uint32_t kSome = (1 << kDepth<P>)-1;
+      if ((seeing[k * kDepth<P> / 32] >> k * kDepth<P> % 32 & kSome) == 0) continue;
       uint32_t raw[4];
-      load_rows_transposed<P>(raw, dense, kDepth<P> * k, 16 * warp, lane);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kIs16Bit<P>) {
+          const int q = kDepth<P> * k + i / 2 * 8 + 2 * quad;
+          const T pair[2] = {weight(q, i % 2), weight(q + 1, i % 2)};
+          raw[i] = uint32_t(reinterpret_cast<const uint16_t&>(pair[1])) << 16 |
+                   reinterpret_cast<const uint16_t&>(pair[0]);
+        } else {
+          raw[i] = __float_as_uint(weight(kDepth<P> * k + 2 * quad + i / 2, i % 2));
+        }
+      }
       const Operand<P> a = make_operand<P>(raw);
 #pragma unroll
       for (int n = 0; n < kChannels / 16; ++n) {
@@ -180,9 +250,11 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
         multiply<P>(sums[2 * n + 1], a, b[2], b[3]);
       }
     }
+    stage ^= 1;
+    buffer = next_buffer;
   }
 
-  const int64_t out_offset[2] = {keys.out[warp * 16 + lane / 4], keys.out[warp * 16 + lane / 4 + 8]};
+  const int64_t out_offset[2] = {keys.out[own_key[0]], keys.out[own_key[1]]};
   T* out = static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride +
            first_channel;
   store_rows<P, kChannels>(sums, out, out_offset, channels, float(problem.scale));
@@ -193,19 +265,24 @@ void launch_inverse_av(const UnfusedArguments& args, cudaStream_t stream) {
   using T = typename P::Element;
   Plan plan = plan_key_tiles(args, sizeof(T));
   plan.channel_blocks = ceil_div(args.problem.head_dim, kChannels);
-  const int bytes = kTokens * kTokens * int(sizeof(T)) + 2 * kSlices<P, kChannels> * kTileBytes;
+  const int bytes = 2 * (kSlices<P, kChannels> * kTileBytes + kTokens * query_pitch(plan.grid.tile(2), sizeof(T)));
   allow_shared_memory(inverse_av_kernel<P, kChannels>, bytes, "gemm inverse_av");
   const unsigned blocks = grid_size(tile_count(args.problem, plan.grid) * plan.channel_blocks, "gemm inverse_av");
   inverse_av_kernel<P, kChannels><<<blocks, kThreads, bytes, stream>>>(args, plan);
   check_launch("gemm inverse_av");
 }
 
+// Longer heads are shared out over several blocks; shared memory holds less of 32-bit elements.
 template <class P>
 void inverse_av(const UnfusedArguments& args, cudaStream_t stream) {
   const int d = args.problem.head_dim;
-  d <= 32   ? launch_inverse_av<P, 32>(args, stream)
-  : d <= 64 ? launch_inverse_av<P, 64>(args, stream)
-            : launch_inverse_av<P, 128>(args, stream);
+  if (d <= 32) {
+    launch_inverse_av<P, 32>(args, stream);
+  } else if (d <= 64 || !kIs16Bit<P>) {
+    launch_inverse_av<P, 64>(args, stream);
+  } else {
+    launch_inverse_av<P, 128>(args, stream);
+  }
 }
 
 }  // namespace natten::gemm

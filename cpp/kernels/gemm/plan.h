@@ -154,10 +154,12 @@ inline Plan plan_key_tiles(const UnfusedArguments& args, int element_bytes) {
     double best = -1;
     for_shapes(args.problem, 6, 0, [&](const Shapes& candidate, double boxes) {
       const double cost = boxes * (1 + 16.0 / (element_bytes << candidate.tile_log2[2]));
-      if (best >= 0 && cost >= best * 0.999) return;
+      if (candidate.tile_log2[2] < 3 || (best >= 0 && cost >= best * 0.999)) return;
       best = cost;
       shapes = candidate;
     });
+  } else if (shapes.tile_log2[2] < 3) {
+    throw std::invalid_argument("gemm: the innermost extent of a tile of keys is a multiple of 8");
   }
   set_shapes(plan, args.problem, Side::keys, shapes);
   return plan;

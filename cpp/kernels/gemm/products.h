@@ -69,9 +69,14 @@ __device__ __forceinline__ void multiply(float (&d)[4], const Operand<P>& a, uin
     uint32_t big0, big1, small0, small1;
     split_tf32(b0, big0, small0);
     split_tf32(b1, big1, small1);
-    ptx::mma_m16n8k8_tf32(d, a.small, big0, big1);
-    ptx::mma_m16n8k8_tf32(d, a.big, small0, small1);
-    ptx::mma_m16n8k8_tf32(d, a.big, big0, big1);
+    // The tensor cores truncate what they accumulate: over a long sum that costs more digits than tf32 halves gain.
+    // Hence short sums there and rounding additions here.
+    float sum[4] = {};
+    ptx::mma_m16n8k8_tf32(sum, a.small, big0, big1);
+    ptx::mma_m16n8k8_tf32(sum, a.big, small0, small1);
+    ptx::mma_m16n8k8_tf32(sum, a.big, big0, big1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += sum[i];
   } else {
     ptx::mma_m16n8k8_tf32(d, a.big, ptx::to_tf32(__uint_as_float(b0)), ptx::to_tf32(__uint_as_float(b1)));
   }
@@ -104,24 +109,6 @@ __device__ __forceinline__ void load_rows(uint32_t (&b)[4], const char* slices, 
     for (int i = 0; i < 4; ++i) {
       const uint32_t offset = slice_offset<T>(row + 2 * (lane % 4) + i % 2, channel + i / 2 * 8 + lane / 4);
       b[i] = *reinterpret_cast<const uint32_t*>(slices + offset);
-    }
-  }
-}
-
-// a[m, k] = slices[row + k, column + m], 16 by kDepth, in the same order of k.
-template <class P>
-__device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], const char* slices, int row, int column,
-                                                     int lane) {
-  using T = typename P::Element;
-  if constexpr (kIs16Bit<P>) {
-    constexpr int kColumns = kSliceBytes / sizeof(T);
-    Slice::load_a_transposed(a, ptx::shared_address(slices) + column / kColumns * kTileBytes, row,
-                             column % kColumns / 16, lane);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t offset = slice_offset<T>(row + 2 * (lane % 4) + i / 2, column + i % 2 * 8 + lane / 4);
-      a[i] = *reinterpret_cast<const uint32_t*>(slices + offset);
     }
   }
 }

@@ -7,10 +7,10 @@
 
 namespace natten::gemm {
 
-constexpr int kKeyStages = 3;
+constexpr int kKeyStages = 2;
 
 template <class P>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 5)
     qk_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   extern __shared__ __align__(128) char shared_bytes[];
@@ -61,10 +61,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   int load_slice_index = 0, load_stage = 0;
   const auto load_next = [&] {
     if (loading) {
-      const uint64_t mask = queries.box.inside(plan, load.origin, [&](int a) { return queries.needed[a]; });
-      const int64_t origin = token_offset(tile, problem, args.b, Side::keys, load.origin);
-      load_slice(key_stages + load_stage * kTileBytes, key + origin * int64_t(sizeof(T)), queries.box.offset_bytes, mask,
-                 plan.box_tokens(), load_slice_index * 8, chunks);
+      load_box<1>(key_stages + load_stage * kTileBytes, key + queries.keys.offset_bytes(load.origin, load.begin),
+                  queries.keys, queries.box, plan, load.origin, queries.needed, load_slice_index * 8, chunks);
       load_stage = load_stage + 1 == kKeyStages ? 0 : load_stage + 1;
       if (++load_slice_index == slices) {
         int turned;
@@ -88,6 +86,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     bias += int64_t(tile.head) * (2 * slots[0] - 1) * bias_strides[0];
     for (int a = 0; a < kAxes; ++a) bias += (slots[a] - 1) * bias_strides[a];  // entry of the query's own position
   }
+  const float score_scale = bias != nullptr ? 1.0f : scale;  // the scores are scaled before the bias is added
+  int bias_row[2] = {0, 0};
+  for (int a = 0; a < kAxes; ++a) {
+    for (int r = 0; r < 2; ++r) bias_row[r] += queries.position[a][rows[r]] * bias_strides[a];
+  }
 
   int parity = 0, stage = 0, turned = -1;
   T* targets[2];
@@ -103,8 +106,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     queries.find_attended(plan, walk.origin, parity);
 
     float scores[kTokens / 8][4] = {};
-    uint64_t attended[2] = {0, 0};
-    uint64_t warp_attended = 0;
+    Mask attended[2] = {}, warp_attended = {};
     for (int s = 0; s < slices; ++s) {
       ptx::cp_async_wait<kKeyStages - 2>();
       __syncthreads();
@@ -112,10 +114,12 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (s == 0) {
         attended[0] = queries.attended[parity][rows[0]];
         attended[1] = queries.attended[parity][rows[1]];
-        const uint64_t both = attended[0] | attended[1];
-        warp_attended = uint64_t(__reduce_or_sync(~0u, unsigned(both >> 32))) << 32 | __reduce_or_sync(~0u, unsigned(both));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          warp_attended.half[h] = __reduce_or_sync(~0u, attended[0].half[h] | attended[1].half[h]);
+        }
       }
-      if (warp_attended != 0) {
+      if ((warp_attended.half[0] | warp_attended.half[1]) != 0) {
         const uint32_t query_base = ptx::shared_address(query_slices + s * kTileBytes);
         const uint32_t key_base = ptx::shared_address(key_stages + stage * kTileBytes);
 #pragma unroll
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 4)
           const Operand<P> a = make_operand<P>(raw);
 #pragma unroll
           for (int n = 0; n < kTokens / 16; ++n) {
-            if ((warp_attended >> 16 * n & 0xffff) == 0) continue;
+            if ((warp_attended.half[n / 2] >> n % 2 * 16 & 0xffff) == 0) continue;
             uint32_t b[4];
             Slice::load_b(b, key_base, n * 16, k, lane);
             multiply<P>(scores[2 * n], a, b[0], b[1]);
@@ -137,29 +141,35 @@ __global__ void __launch_bounds__(kThreads, 4)
       stage = stage + 1 == kKeyStages ? 0 : stage + 1;
     }
 
-    if (warp_attended != 0) {
+    if ((warp_attended.half[0] | warp_attended.half[1]) != 0) {
+      if (bias != nullptr) {
+#pragma unroll
+        for (int j = 0; j < kTokens / kRun; ++j) {
+          int relative = 2 * quad;
+#pragma unroll
+          for (int a = 0; a < kAxes; ++a) {
+            relative += (walk.origin[a] + box_coordinate(plan, j * kRun, a)) * bias_strides[a];
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (attended[i / 2].half[j / 4] >> (j % 4 * kRun + 2 * quad + i % 2) & 1) {
+              scores[j][i] = scores[j][i] * scale + widen(bias[relative + i % 2 - bias_row[i / 2]]);
+            }
+          }
+        }
+      }
       const unsigned box_offset = layout.box_offset(walk.origin);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         T* target = targets[r] + int(box_offset - row_offset[r]) + 2 * quad;
-        const uint64_t own = attended[r] >> 2 * quad;
-        const T* row_bias = bias;
-        if (bias != nullptr) {
-#pragma unroll
-          for (int a = 0; a < kAxes; ++a) {
-            row_bias += int64_t(walk.origin[a] - queries.position[a][rows[r]]) * bias_strides[a];
-          }
-        }
+        const uint32_t own[2] = {attended[r].half[0] >> 2 * quad, attended[r].half[1] >> 2 * quad};
 #pragma unroll
         for (int j = 0; j < kTokens / kRun; ++j) {
-          if ((warp_attended >> kRun * j & 0xff) == 0) continue;
-          T* run = target + run_offset(plan, j, layout.strides);
+          if ((warp_attended.half[j / 4] >> j % 4 * kRun & 0xff) == 0) continue;
+          T* run = target + queries.run_slot[j];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if ((own >> (kRun * j + e) & 1) == 0) continue;
-            float score = scores[j][2 * r + e] * scale;
-            if (bias != nullptr) score += widen(row_bias[run_offset(plan, j, bias_strides) + 2 * quad + e]);
-            run[e] = narrow<T>(score);
+            if (own[j / 4] >> (j % 4 * kRun + e) & 1) run[e] = narrow<T>(scores[j][2 * r + e] * score_scale);
           }
         }
       }
