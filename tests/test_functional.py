@@ -171,6 +171,9 @@ def test_composite_of_the_unfused_operators() -> None:
     grads = torch.autograd.grad(results, tensors, (inputs.grad_out, inputs.grad_lse))
     for (name, oracle, _), result in zip(case.expected(inputs), (*results, *grads), strict=True):
         torch.testing.assert_close(result, oracle, rtol=1e-11, atol=1e-11, msg=name)
+    out, lse = composite(problem, *tensors, None, with_lse=False)
+    assert torch.equal(out, results[0])
+    assert lse is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -97,10 +97,12 @@ def attend(
     kernel: str | Kernel | None,
     backend: str | None,
     deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Output and logsumexp of neighborhood attention, differentiable in both.
 
-    `deterministic` adds to what torch's and natten's settings say: a traced call has recorded them.
+    `deterministic` adds to what torch's and natten's settings say: a traced call has recorded them. Without `with_lse`
+    the logsumexp is left out where it costs something.
     """
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a torch.Tensor; got {type(query).__name__}")
@@ -139,7 +141,8 @@ def attend(
         requires_grad,
     )
     if call.composite:
-        return composite(call.problem, query, key, value, additional_keys, additional_values, Kernel(call.kernel))
+        tensors = (query, key, value, additional_keys, additional_values)
+        return composite(call.problem, *tensors, Kernel(call.kernel), with_lse)
     if requires_grad:
         return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
             call, query, key, value, additional_keys, additional_values
@@ -239,26 +242,29 @@ def composite(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     kernel: Kernel | None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention as qk, softmax and av; stores the weights, and is differentiable to any order."""
     logits = _unfused.qk(problem, query, key, None, kernel)
-    lse_dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
     value_problem = problem.with_head_dim(problem.head_dim_v, scale=1.0)
     if additional_keys is None or additional_values is None:
-        lse = torch.logsumexp(logits, -1) if logits.dtype == lse_dtype else torch.logsumexp(logits.to(lse_dtype), -1)
-        return _unfused.av(value_problem, torch.softmax(logits, -1), value, kernel), lse
+        out = _unfused.av(value_problem, torch.softmax(logits, -1), value, kernel)
+        return out, _logsumexp(logits) if with_lse else None
     # [B, tokens, Hkv, heads of a group, D]
     grouped = query.reshape(
         problem.batch, problem.queries, problem.heads_kv, problem.heads // problem.heads_kv, problem.head_dim
     )
     extra = torch.einsum("bthgd,bshd->bthgs", grouped, additional_keys) * problem.scale
     logits = torch.cat((logits, extra.reshape(*query.shape[:-1], problem.additional)), -1)
-    lse = torch.logsumexp(logits.to(lse_dtype), -1)
     weights = torch.softmax(logits, -1)
-    out = _unfused.av(value_problem, weights[..., : problem.slots].contiguous(), value, kernel)
+    out = _unfused.av(value_problem, weights[..., : problem.slots], value, kernel)
     extra_weights = weights[..., problem.slots :].reshape(extra.shape)
     extra_out = torch.einsum("bthgs,bshd->bthgd", extra_weights, additional_values)
-    return out + extra_out.reshape(out.shape), lse
+    return out + extra_out.reshape(out.shape), _logsumexp(logits) if with_lse else None
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    return torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
 def _fused_forward(
@@ -406,7 +412,7 @@ def attend_packed(
         rank, query, key, value, *window, None, None, current_flags(packed.dtype, packed.device), requires_grad
     )
     if call.composite:
-        return composite(call.problem, query, key, value, None, None, Kernel(call.kernel))[0]
+        return composite(call.problem, query, key, value, None, None, Kernel(call.kernel), with_lse=False)[0]
     if requires_grad:
         return _PackedAttention.apply(call, packed)  # type: ignore[no-untyped-call, no-any-return]
     return _fused_forward(call, query, key, value, None, None)[0]

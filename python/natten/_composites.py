@@ -52,7 +52,7 @@ def _define(rank: int) -> None:
         backend: str | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return attend(
+        out, lse = attend(
             rank,
             query,
             key,
@@ -71,6 +71,8 @@ def _define(rank: int) -> None:
             backend,
             deterministic,
         )
+        assert lse is not None
+        return out, lse
 
     def without_lse(*args: Any, **kwargs: Any) -> Tensor:
         return with_lse(*args, **kwargs)[0]

@@ -171,8 +171,9 @@ def _attention(
             extent,
             kernel,
             backend,
+            with_lse=return_lse,
         )
-    return (out, lse) if return_lse else out
+    return (out, cast(Tensor, lse)) if return_lse else out
 
 
 class NeighborhoodAttention(Protocol):
