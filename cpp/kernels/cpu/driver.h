@@ -24,16 +24,18 @@ inline int element_bytes(ScalarType type) {
 }
 inline int compute_bytes(ScalarType type) { return type == ScalarType::float64 ? 8 : 4; }
 
+// Memory that is kept until more is asked for.
 class Buffer {
  public:
-  Buffer() = default;
-  explicit Buffer(int64_t bytes) { grow(bytes); }
+  // At least `bytes`, with contents of no meaning.
   char* grow(int64_t bytes) {
     if (bytes > bytes_) {
       data_.reset();
-      bytes_ = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-      data_.reset(static_cast<char*>(std::aligned_alloc(kScratchAlignment, bytes_)));
+      bytes_ = 0;
+      const int64_t rounded = (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
+      data_.reset(static_cast<char*>(std::aligned_alloc(kScratchAlignment, rounded)));
       if (!data_) throw std::bad_alloc();
+      bytes_ = rounded;
     }
     return data_.get();
   }

@@ -15,7 +15,6 @@ struct Block {
   int column_begin, column_end;
   int lanes;
   const T* mask;  // null when every column of the block is in every window
-  int64_t first_row(const PackedGrid& grid) const { return static_cast<int64_t>(outer) * grid.folded_rows + row_begin; }
   int count(const PackedGrid& grid) const { return (column_end - column_begin) * grid.fold; }
 };
 
