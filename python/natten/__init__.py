@@ -6,6 +6,7 @@
 from natten import _composites as _composites
 from natten._explain import Explanation, explain
 from natten._library import HAS_LIBNATTEN
+from natten._tiled import tiled, tiled_memory_bytes
 from natten.context import (
     are_deterministic_algorithms_enabled,
     get_memory_usage_preference,
@@ -52,6 +53,8 @@ __all__ = [
     "na_qk",
     "neighborhood_attention_generic",
     "set_memory_usage_preference",
+    "tiled",
+    "tiled_memory_bytes",
     "use_deterministic_algorithms",
 ]
 
