@@ -15,6 +15,13 @@ __device__ __forceinline__ float exp2(float x) {
   return result;
 }
 
+// 1 / x, within one unit in the last place.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // Two floats rounded to a pair of 16-bit elements, `low` in the low half.
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   uint32_t result;

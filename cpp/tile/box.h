@@ -5,20 +5,22 @@
 // each digit, and the runs inside a window are the AND of three words, two of them replicated by one multiplication.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 
 #include "window/axis.h"
 
 namespace natten::tile {
 
-constexpr int kRun = 8;       // tokens of a run, consecutive along z
+constexpr int kRun = 8;        // tokens of a run, consecutive along z
 constexpr int kMostRuns = 16;  // of a box: words of even and odd columns share a 32-bit register
 
 struct BoxShape {
-  int log[kAxes];          // of the extents
-  int log_m, log_ym;       // of the runs in a row, and in a plane
-  uint32_t replicate_y;    // multiplier that copies a plane's word to all planes
-  uint32_t replicate_z;    // multiplier that copies a row's word to all rows
+  int log[kAxes];        // of the extents
+  int log_m, log_ym;     // of the runs in a row, and in a plane
+  uint32_t replicate_y;  // multiplier that copies a plane's word to all planes
+  uint32_t replicate_z;  // multiplier that copies a row's word to all rows
 
   NATTEN_HOST_DEVICE int extent(int axis) const { return 1 << log[axis]; }
 };
@@ -96,18 +98,11 @@ struct OwnedTile {
   }
 };
 
-// Cuts the longest side again and again; ties go to the outer axis, whose boxes are shorter.
-inline OwnedTile make_owned_tile(const int (&extent)[kAxes], int warps) {
+inline OwnedTile make_owned_tile(const int (&extent)[kAxes], const int (&warp_extent)[kAxes]) {
   OwnedTile tile{};
   for (int a = 0; a < kAxes; ++a) {
     while ((1 << tile.log[a]) < extent[a]) ++tile.log[a];
-    tile.warp_log[a] = tile.log[a];
-  }
-  for (; warps > 1; warps /= 2) {
-    int longest = 0;
-    for (int a = 1; a < kAxes; ++a)
-      if (tile.warp_log[a] > tile.warp_log[longest]) longest = a;
-    --tile.warp_log[longest];
+    while ((1 << tile.warp_log[a]) < warp_extent[a]) ++tile.warp_log[a];
   }
   return tile;
 }

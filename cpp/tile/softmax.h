@@ -87,8 +87,20 @@ struct OnlineSoftmax {
         sum[i][r] += __shfl_xor_sync(~0u, sum[i][r], 2);
       }
   }
-  __device__ __forceinline__ float logsumexp(int i, int r, float scale_log2) const {
-    return (maximum[i][r] * scale_log2 + log2f(sum[i][r])) * kLn2;
+  // Natural logarithm of the row that has this lane's number among the warp's rows.
+  __device__ __forceinline__ float logsumexp_of_lane(int lane, float scale_log2) const {
+    float row_maximum = 0.f, row_sum = 1.f;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float m = __shfl_sync(~0u, maximum[i][r], lane % 8 * 4), l = __shfl_sync(~0u, sum[i][r], lane % 8 * 4);
+        if (lane / 8 == 2 * i + r) {
+          row_maximum = m;
+          row_sum = l;
+        }
+      }
+    return (row_maximum * scale_log2 + log2f(row_sum)) * kLn2;
   }
 };
 

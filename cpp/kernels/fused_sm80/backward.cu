@@ -83,8 +83,10 @@ void launch_statistics(const BackwardArguments& arguments, const Parameters& p, 
   const int64_t blocks_per_item = (rows + kRowThreads / s.lanes - 1) / (kRowThreads / s.lanes);
   s.blocks_per_item = Divisor(uint32_t(blocks_per_item));
   const unsigned grid = grid_size(blocks_per_item * problem.batch, "fused_sm80 statistics");
-  if (problem.type == ScalarType::float16) statistics_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
-  else statistics_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
+  if (problem.type == ScalarType::float16)
+    statistics_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
+  else
+    statistics_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
   check_launch("fused_sm80 statistics");
 }
 
@@ -103,13 +105,16 @@ void launch_convert(const Parameters& p, const Problem& problem, cudaStream_t st
   c.heads = Divisor(problem.heads);
   for (int a = 0; a < kAxes; ++a) c.length[a] = Divisor(problem.axis[a].q_length);
   const unsigned grid = grid_size(blocks_per_item * problem.batch, "fused_sm80 conversion");
-  if (problem.type == ScalarType::float16) convert_kernel<__half><<<grid, kRowThreads, 0, stream>>>(c);
-  else convert_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(c);
+  if (problem.type == ScalarType::float16)
+    convert_kernel<__half><<<grid, kRowThreads, 0, stream>>>(c);
+  else
+    convert_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(c);
   check_launch("fused_sm80 conversion");
 }
 
 // The additional keys as a problem of the key gradient kernel: one dense axis of keys, each attended by every query.
-void launch_additional(const BackwardArguments& arguments, Parameters p, const KernelEntry& entry, cudaStream_t stream) {
+void launch_additional(const BackwardArguments& arguments, Parameters p, const KernelEntry& entry,
+                       cudaStream_t stream) {
   Problem problem = arguments.problem;
   const int parts = additional_parts(problem), additional = int(problem.additional);
   p.key = p.additional_key;
@@ -125,10 +130,12 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
   }
   p.partial = reinterpret_cast<float*>(static_cast<char*>(arguments.workspace) + statistics_bytes(problem));
   p.partial_batch = problem.batch;
-  int walked[kAxes] = {1, 1, tile::kRun}, runs = entry.walked_rows / tile::kRun;
+  TilePlan tiles{
+      Variant::wide, {1, 1, entry.owned_rows}, {1, 1, entry.owned_rows / entry.owned_warps}, {1, 1, tile::kRun}};
+  int runs = entry.walked_rows / tile::kRun;
   for (int a = kAxes - 1; a >= 0; --a)
-    for (; runs > 1 && (walked[a] < problem.axis[a].q_length || a == 0); runs /= 2) walked[a] *= 2;
-  launch(entry, p, problem, Side::keys, {1, 1, entry.owned_rows}, walked, parts, stream, "fused_sm80 additional keys");
+    for (; runs > 1 && (tiles.walked[a] < problem.axis[a].q_length || a == 0); runs /= 2) tiles.walked[a] *= 2;
+  launch(entry, p, problem, Side::keys, tiles, parts, stream, "fused_sm80 additional keys");
 
   SumPartsParameters s{};
   s.partial = p.partial;
@@ -145,8 +152,10 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
   s.grad_value = make_additional(arguments.grad_additional_values, kElementBytes);
   if (s.chunks == 0) return;
   const unsigned grid = grid_size((s.chunks + kRowThreads - 1) / kRowThreads, "fused_sm80 sum of parts");
-  if (problem.type == ScalarType::float16) sum_parts_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
-  else sum_parts_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
+  if (problem.type == ScalarType::float16)
+    sum_parts_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
+  else
+    sum_parts_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
   check_launch("fused_sm80 sum of parts");
 }
 
@@ -214,19 +223,20 @@ void backward(const BackwardArguments& arguments, void* stream_) {
     check_cuda(cudaMemsetAsync(p.accumulator.data, 0, accumulator_bytes(problem), stream), "fused_sm80 accumulators");
     const KernelEntry same[kVariants] = {accumulating, accumulating};
     const TilePlan tiles = plan(problem, Side::keys, same, int(Variant::wide));
-    launch(accumulating, p, problem, Side::keys, tiles.owned, tiles.walked, 1, stream, "fused_sm80 gradient");
+    launch(accumulating, p, problem, Side::keys, tiles, 1, stream, "fused_sm80 gradient");
     if (problem.additional > 0) launch_additional(arguments, p, accumulating, stream);
     launch_convert(p, problem, stream);
     return;
   }
-  const TilePlan key_plan = plan_size == 14 ? read_plan(given + 7, key_entries)
+  const TilePlan key_plan = plan_size == 14 ? read_plan(given + 7, problem, Side::keys, key_entries)
                                             : plan(problem, Side::keys, key_entries, plan_size == 2 ? given[1] : -1);
   const KernelEntry& key_entry = key_entries[int(key_plan.variant)];
-  launch(key_entry, p, problem, Side::keys, key_plan.owned, key_plan.walked, 1, stream, "fused_sm80 key gradient");
+  launch(key_entry, p, problem, Side::keys, key_plan, 1, stream, "fused_sm80 key gradient");
   if (problem.additional > 0) launch_additional(arguments, p, key_entry, stream);
-  const TilePlan query_plan = plan_size == 14 ? read_plan(given, query_entries)
-                                              : plan(problem, Side::queries, query_entries, plan_size == 2 ? given[0] : -1);
-  launch(query_entries[int(query_plan.variant)], p, problem, Side::queries, query_plan.owned, query_plan.walked, 1, stream,
+  const TilePlan query_plan = plan_size == 14
+                                  ? read_plan(given, problem, Side::queries, query_entries)
+                                  : plan(problem, Side::queries, query_entries, plan_size == 2 ? given[0] : -1);
+  launch(query_entries[int(query_plan.variant)], p, problem, Side::queries, query_plan, 1, stream,
          "fused_sm80 query gradient");
 }
 

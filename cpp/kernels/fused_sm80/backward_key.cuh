@@ -2,11 +2,11 @@
 // query head of the group. docs/kernels/fused-sm80.md explains the schedule.
 //
 // Scores are computed transposed, S^T = K Q^T, so that keys are rows here as queries are in the other passes, and the
-// same masks serve. The warps form a grid of kKeyWarps x kSideWarps: for the scores they share out keys and queries, for
-// the gradients keys and channels; P^T and dS^T change hands in shared memory.
+// same masks serve. The warps form a grid of kKeyWarps x kSideWarps: for the scores they share out keys and queries,
+// for the gradients keys and channels; P^T and dS^T change hands in shared memory.
 //
-// With kAccumulate the block also adds dQ = dS K of every box to float32 accumulators in global memory: five products in
-// all instead of the seven of two kernels, but sums in the order in which blocks come.
+// With kAccumulate the block also adds dQ = dS K of every box to float32 accumulators in global memory: five products
+// in all instead of the seven of two kernels, but sums in the order in which blocks come.
 #pragma once
 
 #include "kernels/fused_sm80/walk.cuh"
@@ -41,8 +41,8 @@ struct KeyGradientConfig {
     alignas(128) char value[kKeys * kHeadDim * 2];
     alignas(128) char query[kQueryStages][kQueries * kHeadDim * 2];
     alignas(128) char grad_out[kGradStages][kQueries * kHeadDim * 2];
-    alignas(128) char weights[kKeys * kQueries * 2];       // P^T
-    alignas(128) char grad_scores[kKeys * kQueries * 2];   // dS^T, unscaled
+    alignas(128) char weights[kKeys * kQueries * 2];        // P^T
+    alignas(128) char grad_scores[kKeys * kQueries * 2];    // dS^T, unscaled
     alignas(16) float2 statistics[kQueryStages][kQueries];  // logsumexp * log2(e), delta
     Block<kKeys> block;
     QueryWalk<kQueries, kRing, kAccumulate> walk;
@@ -153,15 +153,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   auto load_queries = [&](int n) {
     if (n < steps) {
       const int stage = n % kQueryStages;
-      if (load.chunk * 8 < p.head_dim)
-        shared.walk.load(n, 0, ptx::shared_address(shared.query[stage]), p, block.size, p.query, load);
+      shared.walk.load(n, 0, ptx::shared_address(shared.query[stage]), p, block.size, p.query,
+                       load.chunk * 8 < p.head_dim, load);
       shared.walk.load_statistics(n, ptx::shared_address(shared.statistics[stage]), p, block.size);
     }
     ptx::cp_async_commit();
   };
   auto load_grad_out = [&](int n) {
-    if (n < steps && load.chunk * 8 < p.head_dim_v)
-      shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out, load);
+    if (n < steps)
+      shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out,
+                       load.chunk * 8 < p.head_dim_v, load);
     ptx::cp_async_commit();
   };
   if (warp == 0) {
@@ -270,7 +271,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int r = 0; r < 2; ++r)
 #pragma unroll
           for (int j = 0; j < kColumnBlocks; ++j) {
-            const uint32_t offset = ScoreTile::offset(first_row + 16 * i + 8 * r + lane / 4, first_column / 8 + j) + 4 * quad;
+            const uint32_t offset =
+                ScoreTile::offset(first_row + 16 * i + 8 * r + lane / 4, first_column / 8 + j) + 4 * quad;
             *reinterpret_cast<uint32_t*>(shared.weights + offset) =
                 ptx::pack(s[i][j][2 * r], s[i][j][2 * r + 1], Element());
             *reinterpret_cast<uint32_t*>(shared.grad_scores + offset) =
@@ -280,8 +282,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       clear_rows<kQueries, kKeysPerWarp, Config::kQueriesPerWarp>(shared.grad_scores, first_row, side_warp, lane);
     }
     // The warps that share these keys exchange what they computed; for dQ, all warps do.
-    if constexpr (Config::kAccumulate) __syncthreads();
-    else if (needed) ptx::named_barrier_sync(1 + key_warp, 32 * Config::kSideWarps);
+    if constexpr (Config::kAccumulate)
+      __syncthreads();
+    else if (needed)
+      ptx::named_barrier_sync(1 + key_warp, 32 * Config::kSideWarps);
     if (needed) {
       const int first_channel_tile = side_warp * (kChannelBlocks / 2);
 #pragma unroll
@@ -375,7 +379,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       }
   __syncthreads();
   if (side_warp == 0)
-    rows.template store<kD>(shared.key, first_row, p.grad_key, block.own_origin(p.grad_key, block.head), p.head_dim, lane);
+    rows.template store<kD>(shared.key, first_row, p.grad_key, block.own_origin(p.grad_key, block.head), p.head_dim,
+                            lane);
   else if (side_warp == 1)
     rows.template store<kD>(shared.value, first_row, p.grad_value, block.own_origin(p.grad_value, block.head),
                             p.head_dim_v, lane);

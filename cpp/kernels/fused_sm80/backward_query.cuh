@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                                       box_offset(p.statistics, rows.coordinates));
   if (warp == 0) {
     shared.walk.start(p, block);
-    if (lane == 0)
-      for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
+    if (lane == 0) shared.walk.enter(1, p, block);
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -76,17 +75,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   __syncthreads();
   const int steps = shared.walk.steps;
   auto load_step = [&](int n) {
-    if (n < steps) {
-      const int stage = n % kStages;
-      if (load.chunk * 8 < p.head_dim)
-        shared.walk.load(n, false, ptx::shared_address(shared.key[stage]), p, block, load);
-      if (load.chunk * 8 < p.head_dim_v)
-        shared.walk.load(n, true, ptx::shared_address(shared.value[stage]), p, block, load);
-    }
+    if (n < steps)
+      shared.walk.load_both(n, ptx::shared_address(shared.key[n % kStages]),
+                            ptx::shared_address(shared.value[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
-#pragma unroll
-  for (int n = 0; n < (kStages > 1 ? kStages - 1 : 1); ++n) load_step(n);
+  load_step(0);
 
   const RowIndex row_index(p, rows.coordinates);
   const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
@@ -104,10 +98,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<(kStages > 2 ? kStages - 2 : 0)>();
+    ptx::cp_async_wait<0>();
     __syncthreads();  // this step's keys and values have come; those of the step before are used up
-    if constexpr (kStages > 1) load_step(step + kStages - 1);
-    if (threadIdx.x == 0) shared.walk.enter(step + kStages + 1, p, block);
+    if constexpr (kStages > 1) load_step(step + 1);
+    if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
 
     const int4 box = shared.walk.at(step);
     const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;
@@ -155,7 +149,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            ds[i][j][e] = ptx::exp2(fmaf(s[i][j][e], p.scale_log2, -logsumexp[i][e / 2])) * (ds[i][j][e] - delta[i][e / 2]);
+            ds[i][j][e] =
+                ptx::exp2(fmaf(s[i][j][e], p.scale_log2, -logsumexp[i][e / 2])) * (ds[i][j][e] - delta[i][e / 2]);
       if (additional ? (box.w & kWholeBox) == 0 : !bounds.full(own_origin, own_extent)) {
         const tile::RowMask mask = additional ? tile::RowMask{0xffffu, uint32_t(min(p.additional - box.z, kKeys)) << 16}
                                               : row_index.mask(p, block, {box.x, box.y, box.z});

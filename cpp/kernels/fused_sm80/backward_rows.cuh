@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   uint32_t index = tile;
   const int channel = p.tiles_per_row.peel(index) * 16, head = p.heads.peel(index);
   const int z = p.length[2].peel(index), y = p.length[1].peel(index), x = index;
-  const float4* source = reinterpret_cast<const float4*>(p.accumulator + (int64_t(batch) * p.tiles_per_item + tile) * 16);
+  const float4* source =
+      reinterpret_cast<const float4*>(p.accumulator + (int64_t(batch) * p.tiles_per_item + tile) * 16);
   Chunk<Element> low, high;
 #pragma unroll
   for (int quad = 0; quad < 4; ++quad) {
@@ -89,7 +90,7 @@ struct SumPartsParameters {
   const float* partial;  // [part, B, S, Hkv, D + Dv]
   int64_t part_stride;
   int parts, head_dim;
-  int64_t chunks;                    // of 8 channels, in one part
+  int64_t chunks;  // of 8 channels, in one part
   Divisor chunks_per_row, heads, additional;
   Tensor grad_key, grad_value;  // [B, S, Hkv, C]
 };

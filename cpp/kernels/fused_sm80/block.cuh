@@ -1,7 +1,7 @@
 // What the passes share: which tile a block owns and which boxes it walks, and the loads of both.
 //
-// A block owns a tile of one side (queries, or keys in the key gradient kernel) and walks boxes of the other side, those
-// that some row of the tile needs. Positions of the walked side are relative to the first needed one.
+// A block owns a tile of one side (queries, or keys in the key gradient kernel) and walks boxes of the other side,
+// those that some row of the tile needs. Positions of the walked side are relative to the first needed one.
 #pragma once
 
 #include "kernels/fused_sm80/parameters.h"
@@ -25,10 +25,10 @@ template <int kRows>
 struct Block {
   int batch, head, part;
   Group group[kAxes];
-  int position[kAxes];     // of the tile's first row, in its group
-  int count[kAxes];        // rows of the tile that exist
-  int own_first[kAxes];    // local coordinate of the tile's first row
-  int walk_first[kAxes];   // local coordinate of the first needed position of the other side
+  int position[kAxes];    // of the tile's first row, in its group
+  int count[kAxes];       // rows of the tile that exist
+  int own_first[kAxes];   // local coordinate of the tile's first row
+  int walk_first[kAxes];  // local coordinate of the first needed position of the other side
   int walk_position[kAxes];
   int size[kAxes];         // needed positions
   Range table[kRows + 2];  // what each coordinate of the tile needs, axis after axis
@@ -65,8 +65,8 @@ struct Block {
       position[axis] = position_;
       own_first[axis] = (kOwnKeys ? g.kv_first : g.q_first) + first * dilation;
       walk_position[axis] = begin;
-      walk_first[axis] = kOwnKeys ? g.q_first + (begin - g.q_position) * dilation
-                                  : g.kv_first + (begin - g.kv_position) * dilation;
+      walk_first[axis] =
+          kOwnKeys ? g.q_first + (begin - g.q_position) * dilation : g.kv_first + (begin - g.kv_position) * dilation;
       size[axis] = max(end - begin, 0);
       if (axis == 0) {
         batch = index;
@@ -113,7 +113,8 @@ struct WarpBounds {
   Range some, all;
 
   template <int kRows>
-  __device__ __forceinline__ static WarpBounds make(const Parameters& p, const Block<kRows>& block, int warp, int lane) {
+  __device__ __forceinline__ static WarpBounds make(const Parameters& p, const Block<kRows>& block, int warp,
+                                                    int lane) {
     const int axis = lane & 3;
     if (axis == kAxes) return {{-1, INT32_MAX}, {-1, INT32_MAX}};  // never the reason to skip or to mask
     const int3 c = p.owned.coordinates(warp, 0);
@@ -142,7 +143,8 @@ struct RowIndex {
     packed = c.x | (begin_y + c.y) << 8 | (begin_z + c.z) << 16;
   }
   template <int kRows>
-  __device__ __forceinline__ tile::RowMask mask(const Parameters& p, const Block<kRows>& block, const int3& origin) const {
+  __device__ __forceinline__ tile::RowMask mask(const Parameters& p, const Block<kRows>& block,
+                                                const int3& origin) const {
     return tile::row_mask(p.box, origin, block.table[packed & 0xff], block.table[(packed >> 8) & 0xff],
                           block.table[packed >> 16]);
   }
@@ -150,10 +152,13 @@ struct RowIndex {
 
 // Threads that share a row of kChunks 16-byte chunks.
 template <int kChunks>
-constexpr int kLanesPerRow = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+constexpr int kLanesPerRow = kChunks <= 4    ? 4
+                             : kChunks <= 8  ? 8
+                             : kChunks <= 16 ? 16
+                                             : 32;
 
-// How the threads of a block share the 16-byte chunks of [kRows, kColumns] tiles. A warp takes whole runs of 8 tokens, in
-// passes of kRowsPerPass rows; its threads keep their chunk and their row within the pass.
+// How the threads of a block share the 16-byte chunks of [kRows, kColumns] tiles. A warp takes whole runs of 8 tokens,
+// in passes of kRowsPerPass rows; its threads keep their chunk and their row within the pass.
 template <int kColumns, int kThreads>
 struct Loader {
   using Tile = tile::SharedTile<kColumns>;
@@ -175,36 +180,46 @@ struct Loader {
       *reinterpret_cast<uint4*>(tile + Tile::offset(r, chunk)) = uint4{};
   }
 
-  // `source`: first row of the box; `run_offset`: byte offset of every run; `existing_rows(run)`: how many rows of a run
-  // exist, asked only when the box is not whole. The others become zeros.
-  template <int kRows, class ExistingRows>
-  __device__ __forceinline__ void load_box(uint32_t tile, const char* source, const int64_t* run_offset, int64_t step_z,
+  // The same box of kTensors tensors. `source`: its first row; `run_offset`: byte offset of every run; `wanted`:
+  // whether this thread's chunk has channels; `existing_rows(run)`: how many rows of a run exist, asked only when the
+  // box is not whole. The others become zeros.
+  template <int kRows, int kTensors, class ExistingRows>
+  __device__ __forceinline__ void load_box(const uint32_t (&tile)[kTensors], const char* const (&source)[kTensors],
+                                           const int64_t* const (&run_offset)[kTensors],
+                                           const int64_t (&step_z)[kTensors], const bool (&wanted)[kTensors],
                                            bool whole, ExistingRows existing_rows) const {
     constexpr int kRuns = kRows / tile::kRun, kRunsPerWarp = (kRuns + kWarps - 1) / kWarps;
     if (kRuns < kWarps && warp >= kRuns) return;
-    source += row * step_z + chunk * 16;
-    const char* address[kRunsPerWarp];
+    const char* address[kTensors][kRunsPerWarp];
+    uint32_t first[kTensors];
 #pragma unroll
-    for (int r = 0; r < kRunsPerWarp; ++r) address[r] = source + run_offset[warp * kRunsPerWarp + r];
-    const int64_t pass_step = kRowsPerPass * step_z;
-    const uint32_t first = tile + warp * (kRunsPerWarp * tile::kRun * Tile::kRowBytes) + Tile::offset(row, chunk);
-    if (whole) {
+    for (int t = 0; t < kTensors; ++t) {
+      const char* thread_source = source[t] + row * step_z[t] + chunk * 16;
+      first[t] = tile[t] + warp * (kRunsPerWarp * tile::kRun * Tile::kRowBytes) + Tile::offset(row, chunk);
 #pragma unroll
-      for (int r = 0; r < kRunsPerWarp; ++r)
+      for (int r = 0; r < kRunsPerWarp; ++r) address[t][r] = thread_source + run_offset[t][warp * kRunsPerWarp + r];
+    }
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          ptx::cp_async_16(Tile::down(first, r * tile::kRun + pass * kRowsPerPass), address[r]);
-          address[r] += pass_step;
-        }
-    } else {
+    for (int r = 0; r < kRunsPerWarp; ++r) {
+      if (whole) {
 #pragma unroll
-      for (int r = 0; r < kRunsPerWarp; ++r) {
+        for (int pass = 0; pass < kPasses; ++pass)
+#pragma unroll
+          for (int t = 0; t < kTensors; ++t) {
+            if (wanted[t]) ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r]);
+            address[t][r] += kRowsPerPass * step_z[t];
+          }
+      } else {
         const int left = existing_rows(warp * kRunsPerWarp + r) - row;
 #pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          ptx::cp_async_16(Tile::down(first, r * tile::kRun + pass * kRowsPerPass), address[r], pass * kRowsPerPass < left);
-          address[r] += pass_step;
-        }
+        for (int pass = 0; pass < kPasses; ++pass)
+#pragma unroll
+          for (int t = 0; t < kTensors; ++t) {
+            if (wanted[t])
+              ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r],
+                               pass * kRowsPerPass < left);
+            address[t][r] += kRowsPerPass * step_z[t];
+          }
       }
     }
   }
@@ -219,8 +234,8 @@ __device__ __forceinline__ int64_t box_offset(const Tensor& t, const int3& origi
   return origin.x * t.step[0] + origin.y * t.step[1] + origin.z * t.step[2];
 }
 
-// The rows of the block's tile that a warp owns. Lane l looks after row l % kRows: it knows where the row lies, and tells
-// the lanes that copy the row's chunks.
+// The rows of the block's tile that a warp owns. Lane l looks after row l % kRows: it knows where the row lies, and
+// tells the lanes that copy the row's chunks.
 template <int kRows>
 struct OwnRows {
   int3 coordinates;

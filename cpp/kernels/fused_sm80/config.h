@@ -14,69 +14,81 @@ struct Tiles;
 // Forward and QueryGradient: warps, 16-query tiles per warp, keys per box, boxes in flight, blocks per multiprocessor.
 // KeyGradient: keys per tile, queries per box, warps along keys, warps along the other side, boxes of queries and of
 // output gradients in flight, blocks per multiprocessor.
-template <class E> struct Tiles<E, 32, Variant::wide> {
+template <class E>
+struct Tiles<E, 32, Variant::wide> {
   using Forward = ForwardConfig<E, 32, 4, 2, 64, 2, 3>;
   using QueryGradient = QueryGradientConfig<E, 32, 4, 2, 64, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 32, 128, 64, 4, 2, 2, 2, 2>;
-  using Accumulating = KeyGradientConfig<E, 32, 128, 64, 4, 2, 2, 2, 2, true>;
+  using Accumulating = KeyGradientConfig<E, 32, 64, 64, 2, 2, 2, 2, 4, true>;
 };
-template <class E> struct Tiles<E, 64, Variant::wide> {
+template <class E>
+struct Tiles<E, 64, Variant::wide> {
   using Forward = ForwardConfig<E, 64, 4, 2, 128, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 64, 4, 2, 64, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 64, 128, 64, 4, 2, 2, 2, 1>;
-  using Accumulating = KeyGradientConfig<E, 64, 128, 64, 4, 2, 2, 2, 1, true>;
+  using Accumulating = KeyGradientConfig<E, 64, 64, 64, 2, 2, 2, 2, 3, true>;
 };
-template <class E> struct Tiles<E, 96, Variant::wide> {
+template <class E>
+struct Tiles<E, 96, Variant::wide> {
   using Forward = ForwardConfig<E, 96, 4, 2, 64, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 96, 4, 2, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 96, 128, 64, 4, 2, 2, 1, 1>;
   using Accumulating = KeyGradientConfig<E, 96, 128, 64, 4, 2, 2, 1, 1, true>;
 };
-template <class E> struct Tiles<E, 128, Variant::wide> {
+template <class E>
+struct Tiles<E, 128, Variant::wide> {
   using Forward = ForwardConfig<E, 128, 4, 2, 64, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 128, 4, 2, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 128, 128, 64, 4, 2, 2, 1, 1>;
   using Accumulating = KeyGradientConfig<E, 128, 128, 64, 4, 2, 2, 1, 1, true>;
 };
-template <class E> struct Tiles<E, 192, Variant::wide> {
+template <class E>
+struct Tiles<E, 192, Variant::wide> {
   using Forward = ForwardConfig<E, 192, 8, 1, 64, 1, 1>;
   using QueryGradient = QueryGradientConfig<E, 192, 8, 1, 32, 2, 1>;
   using KeyGradient = KeyGradientConfig<E, 192, 64, 64, 2, 4, 1, 1, 1>;
   using Accumulating = KeyGradientConfig<E, 192, 64, 64, 2, 4, 1, 1, 1, true>;
 };
-template <class E> struct Tiles<E, 256, Variant::wide> {
+template <class E>
+struct Tiles<E, 256, Variant::wide> {
   using Forward = ForwardConfig<E, 256, 8, 1, 64, 1, 1>;
   using QueryGradient = QueryGradientConfig<E, 256, 8, 1, 32, 2, 1>;
   using KeyGradient = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1>;
   using Accumulating = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 
-template <class E> struct Tiles<E, 32, Variant::narrow> {
+template <class E>
+struct Tiles<E, 32, Variant::narrow> {
   using Forward = ForwardConfig<E, 32, 4, 1, 64, 2, 5>;
   using QueryGradient = QueryGradientConfig<E, 32, 4, 1, 64, 2, 4>;
   using KeyGradient = KeyGradientConfig<E, 32, 64, 64, 2, 2, 2, 2, 4>;
 };
-template <class E> struct Tiles<E, 64, Variant::narrow> {
+template <class E>
+struct Tiles<E, 64, Variant::narrow> {
   using Forward = ForwardConfig<E, 64, 4, 1, 64, 2, 4>;
   using QueryGradient = QueryGradientConfig<E, 64, 4, 1, 64, 2, 3>;
   using KeyGradient = KeyGradientConfig<E, 64, 64, 64, 2, 2, 2, 2, 3>;
 };
-template <class E> struct Tiles<E, 96, Variant::narrow> {
+template <class E>
+struct Tiles<E, 96, Variant::narrow> {
   using Forward = ForwardConfig<E, 96, 4, 1, 64, 1, 3>;
   using QueryGradient = QueryGradientConfig<E, 96, 4, 1, 32, 2, 3>;
   using KeyGradient = KeyGradientConfig<E, 96, 64, 64, 2, 2, 2, 1, 2>;
 };
-template <class E> struct Tiles<E, 128, Variant::narrow> {
+template <class E>
+struct Tiles<E, 128, Variant::narrow> {
   using Forward = ForwardConfig<E, 128, 4, 1, 64, 1, 3>;
   using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 128, 64, 64, 2, 2, 2, 1, 2>;
 };
-template <class E> struct Tiles<E, 192, Variant::narrow> {
+template <class E>
+struct Tiles<E, 192, Variant::narrow> {
   using Forward = ForwardConfig<E, 192, 4, 1, 32, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 192, 4, 1, 16, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 192, 32, 32, 2, 2, 1, 1, 2>;
 };
-template <class E> struct Tiles<E, 256, Variant::narrow> {
+template <class E>
+struct Tiles<E, 256, Variant::narrow> {
   using Forward = ForwardConfig<E, 256, 4, 1, 32, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 256, 4, 1, 16, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 256, 32, 32, 2, 2, 1, 1, 2>;
@@ -89,13 +101,17 @@ KernelEntry make_forward_entry() {
 }
 template <class Config>
 KernelEntry make_query_gradient_entry() {
-  return {query_gradient_kernel<Config>, Config::kThreads, int(sizeof(typename Config::Shared)),
-          Config::kQueries,              Config::kWarps,   Config::kKeys};
+  return {query_gradient_kernel<Config>,
+          Config::kThreads,
+          int(sizeof(typename Config::Shared)),
+          Config::kQueries,
+          Config::kWarps,
+          Config::kKeys};
 }
 template <class Config>
 KernelEntry make_key_gradient_entry() {
-  return {key_gradient_kernel<Config>, Config::kThreads,  int(sizeof(typename Config::Shared)),
-          Config::kKeys,               Config::kKeyWarps, Config::kQueries};
+  return {key_gradient_kernel<Config>, Config::kThreads, int(sizeof(typename Config::Shared)), Config::kKeys,
+          Config::kKeyWarps,           Config::kQueries};
 }
 
 template <class E, int kHeadDim>
@@ -111,8 +127,9 @@ KernelEntry query_gradient_entry(Variant variant) {
 }
 template <class E, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant) {
-  return variant == Variant::wide ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::KeyGradient>()
-                                  : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::KeyGradient>();
+  return variant == Variant::wide
+             ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::KeyGradient>()
+             : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::KeyGradient>();
 }
 
 template <class E, int kHeadDim>

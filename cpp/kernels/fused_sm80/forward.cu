@@ -10,7 +10,7 @@ TilePlan forward_plan(const Problem& problem, const KernelEntry (&entries)[kVari
   if (problem.plan.size == 0) return plan(problem, Side::queries, entries);
   if (problem.plan.size == 1) return plan(problem, Side::queries, entries, problem.plan.values[0]);
   if (problem.plan.size != 7) throw std::invalid_argument("fused_sm80: a forward plan has 1 or 7 numbers");
-  return read_plan(problem.plan.values, entries);
+  return read_plan(problem.plan.values, problem, Side::queries, entries);
 }
 
 }  // namespace
@@ -36,11 +36,12 @@ void forward(const ForwardArguments& arguments, void* stream) {
   }
   KernelEntry entries[kVariants];
   visit_types(problem, [&](auto element, auto head_dim) {
-    for (Variant v : {Variant::wide, Variant::narrow}) entries[int(v)] = forward_entry<decltype(element), head_dim()>(v);
+    for (Variant v : {Variant::wide, Variant::narrow})
+      entries[int(v)] = forward_entry<decltype(element), head_dim()>(v);
   });
   const TilePlan tiles = forward_plan(problem, entries);
-  launch(entries[int(tiles.variant)], p, problem, Side::queries, tiles.owned, tiles.walked, 1,
-         static_cast<cudaStream_t>(stream), "fused_sm80 forward");
+  launch(entries[int(tiles.variant)], p, problem, Side::queries, tiles, 1, static_cast<cudaStream_t>(stream),
+         "fused_sm80 forward");
 }
 
 }  // namespace natten::fused_sm80

@@ -12,11 +12,13 @@ namespace natten::fused_sm80 {
 template <class Element_, int kHeadDim_, int kWarps_, int kRowTiles_, int kKeys_, int kStages_, int kBlocksPerSm_>
 struct ForwardConfig {
   using Element = Element_;
-  static constexpr int kHeadDim = kHeadDim_;    // D and Dv, padded with zeros
+  static constexpr int kHeadDim = kHeadDim_;  // D and Dv, padded with zeros
   static constexpr int kWarps = kWarps_;
   static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 queries per warp
   static constexpr int kKeys = kKeys_;          // of a box
-  static constexpr int kStages = kStages_;      // boxes in flight
+  // 2: keys and values are loaded a whole box ahead, one barrier a box. 1: keys are loaded during the second product,
+  // values during the first, in half the shared memory.
+  static constexpr int kStages = kStages_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
@@ -30,7 +32,7 @@ struct ForwardConfig {
     Block<kQueries> block;
     KeyWalk<kKeys, kRing> walk;
   };
-  static_assert(kStages + 2 <= kRing);
+  static_assert(kStages == 1 || kStages == 2);
 };
 
 template <class Config>
@@ -61,9 +63,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   rows.template load<kD>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.head_dim, lane);
   if (warp == 0) {
     shared.walk.start(p, block);
-    // The ring is filled kStages + 1 boxes ahead of the products, so that every load finds its box there.
-    if (lane == 0)
-      for (int n = 1; n <= kStages; ++n) shared.walk.enter(n, p, block);
+    if (lane == 0) shared.walk.enter(1, p, block);  // the ring is filled two boxes ahead, loads are one ahead
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
@@ -73,20 +73,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   block.template fill_table<false>(p);
   __syncthreads();
   const int steps = shared.walk.steps;
-  const bool key_chunk = load.chunk * 8 < p.head_dim, value_chunk = load.chunk * 8 < p.head_dim_v;
   auto load_keys = [&](int n) {
-    if (n < steps && key_chunk) shared.walk.load(n, false, ptx::shared_address(shared.key[n % kStages]), p, block, load);
+    if (n < steps) shared.walk.load_keys(n, ptx::shared_address(shared.key[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
   auto load_values = [&](int n) {
-    if (n < steps && value_chunk) shared.walk.load(n, true, ptx::shared_address(shared.value[n % kStages]), p, block, load);
+    if (n < steps) shared.walk.load_values(n, ptx::shared_address(shared.value[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
-#pragma unroll
-  for (int n = 0; n < kStages; ++n) {
-    load_keys(n);  // the first group holds the queries too
-    if (n + 1 < kStages) load_values(n);
-  }
+  auto load_both = [&](int n) {
+    if (n < steps)
+      shared.walk.load_both(n, ptx::shared_address(shared.key[n % kStages]),
+                            ptx::shared_address(shared.value[n % kStages]), p, block, load);
+    ptx::cp_async_commit();
+  };
+  // The first group holds the queries too.
+  if constexpr (kStages == 1)
+    load_keys(0);
+  else
+    load_both(0);
   const RowIndex row_index(p, rows.coordinates);
   const WarpBounds bounds = WarpBounds::make(p, block, warp, lane);
   const int own_extent = (lane & 3) == kAxes ? 1 : p.box.extent(lane & 3);
@@ -97,9 +102,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<2 * (kStages - 1)>();
-    __syncthreads();  // keys of this step have come; the values of the step before are used up
-    load_values(step + kStages - 1);
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // what this step waits for has come; the values of the step before are used up
+    if constexpr (kStages == 1) {
+      load_values(step);
+    } else {
+      load_both(step + 1);
+      if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
+    }
 
     if (step == 0 && p.scale < 0) {  // softmax wants a positive scale: move the sign into this warp's queries
       uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + first_row * (kD / 2);
@@ -136,10 +146,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         }
       }
     }
-    ptx::cp_async_wait<2 * (kStages - 1)>();
-    __syncthreads();  // values of this step have come; its keys are used up
-    load_keys(step + kStages);
-    if (threadIdx.x == 0) shared.walk.enter(step + kStages + 1, p, block);
+    if constexpr (kStages == 1) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // values of this step have come; its keys are used up
+      load_keys(step + 1);
+      if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
+    }
 
     if (needed) {
       if (box.w & kAdditionalBox) {
@@ -205,18 +217,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   // ---- results: through this warp's rows of the query tile, which no other warp reads
   softmax.finish();
   ptx::cp_async_wait<0>();
-  float logsumexp = 0.f;  // of this lane's row
+  const float logsumexp = softmax.logsumexp_of_lane(lane, scale_log2);
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float inverse = 1.f / softmax.sum[i][r];
+      const float inverse = ptx::reciprocal(softmax.sum[i][r]);
 #pragma unroll
       for (int j = 0; j < kD / 8; ++j)
         *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(first_row + 16 * i + 8 * r + lane / 4, j) + 4 * quad) =
             ptx::pack(out[i][j][2 * r] * inverse, out[i][j][2 * r + 1] * inverse, Element());
-      const float of_row = __shfl_sync(~0u, softmax.logsumexp(i, r, scale_log2), lane % 8 * 4);
-      if (lane / 8 == 2 * i + r) logsumexp = of_row;
     }
   __syncwarp();
   rows.template store<kD>(shared.query, first_row, p.out, block.own_origin(p.out, block.head), p.head_dim_v, lane);

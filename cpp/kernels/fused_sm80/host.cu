@@ -127,38 +127,73 @@ struct PlanCache {
   struct Entry {
     Axis axes[kAxes];
     Side owned;
-    int only;
+    int only, limit;
     void (*kernel)(const Parameters);  // the wide one; null while the entry is free
     TilePlan plan;
   } entry[kEntries];
   int next;
 };
 
+// Boxes that a sub-box of `extent` rows along an axis needs, averaged over the sub-boxes of a tile in the middle.
+double needed_boxes(const Axis& axis, Side owned, int tile, int extent, int box) {
+  const Group g = make_group(axis, 0);
+  const bool keys = owned == Side::keys;
+  const int count = keys ? g.kv_count : g.q_count, first = (ceil_div(count, tile) - 1) / 2 * tile;
+  const int position = (keys ? g.kv_position : g.q_position) + first, rows = min_int(tile, count - first);
+  auto range = [&](int a, int b) { return keys ? inverse_union(g, a, b) : window_union(g, a, b); };
+  if (rows <= 0) return 1;
+  const int origin = range(position, position + rows - 1).begin;
+  double boxes = 0;
+  for (int r = 0; r < rows; r += extent) {
+    const Range needed = range(position + r, position + min_int(r + extent, rows) - 1);
+    if (needed.size() > 0) boxes += (needed.end - 1 - origin) / box - (needed.begin - origin) / box + 1;
+  }
+  return boxes / (tile / extent);
+}
+
+// How a tile is cut into equal sub-boxes for `warps` warps, so that they need few boxes.
+void cut_tile(TilePlan& plan, const Problem& problem, Side owned, int warps) {
+  double best = -1;
+  for (int x = 1; x <= min_int(plan.owned[0], warps); x *= 2)
+    for (int y = 1; y <= plan.owned[1] && x * y <= warps; y *= 2) {
+      const int cuts[kAxes] = {x, y, warps / (x * y)};
+      if (cuts[2] > plan.owned[2]) continue;
+      double boxes = 1;
+      for (int a = 0; a < kAxes; ++a)
+        boxes *= needed_boxes(problem.axis[a], owned, plan.owned[a], plan.owned[a] / cuts[a], plan.walked[a]);
+      if (best >= 0 && boxes >= best) continue;
+      best = boxes;
+      for (int a = 0; a < kAxes; ++a) plan.warp[a] = plan.owned[a] / cuts[a];
+    }
+}
+
 }  // namespace
 
-TilePlan read_plan(const int* values, const KernelEntry (&entries)[kVariants]) {
+TilePlan read_plan(const int* values, const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants]) {
   auto fail = [] { throw std::invalid_argument("fused_sm80: the plan does not fit the kernel"); };
   if (values[0] < 0 || values[0] >= kVariants) fail();
-  TilePlan plan{static_cast<Variant>(values[0]), {}, {}};
-  int owned = 1, walked = 1;
+  TilePlan plan{static_cast<Variant>(values[0]), {}, {}, {}};
+  int owned_rows = 1, walked_rows = 1;
   for (int a = 0; a < kAxes; ++a) {
     plan.owned[a] = values[1 + a];
     plan.walked[a] = values[4 + a];
     for (int extent : {plan.owned[a], plan.walked[a]})
       if (extent < 1 || extent > 256 || (extent & (extent - 1)) != 0) fail();
-    owned *= plan.owned[a];
-    walked *= plan.walked[a];
+    owned_rows *= plan.owned[a];
+    walked_rows *= plan.walked[a];
   }
   const KernelEntry& entry = entries[values[0]];
-  if (owned != entry.owned_rows || walked != entry.walked_rows || plan.walked[2] % tile::kRun != 0) fail();
+  if (owned_rows != entry.owned_rows || walked_rows != entry.walked_rows || plan.walked[2] % tile::kRun != 0) fail();
   if (entry.shared_bytes > shared_memory_limit()) fail();
+  cut_tile(plan, problem, owned, entry.owned_warps);
   return plan;
 }
 
 TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants], int only) {
   thread_local PlanCache cache{};
+  const int limit = shared_memory_limit();
   for (const PlanCache::Entry& e : cache.entry)
-    if (e.kernel == entries[0].function && e.owned == owned && e.only == only &&
+    if (e.kernel == entries[0].function && e.owned == owned && e.only == only && e.limit == limit &&
         std::memcmp(e.axes, problem.axis, sizeof e.axes) == 0)
       return e.plan;
   Axis axes[kAxes];
@@ -167,7 +202,7 @@ TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[k
   double best_cost = -1;
   for (int v = 0; v < kVariants; ++v) {
     const KernelEntry& entry = entries[v];
-    if (entry.shared_bytes > shared_memory_limit() || (only >= 0 && only != v)) continue;
+    if (entry.shared_bytes > limit || (only >= 0 && only != v)) continue;
     const TileShape shape = plan_tiles(axes, {entry.owned_rows, entry.walked_rows, tile::kRun, kPartialCharge});
     const double cost_ = cost(axes, shape) * (v == int(Variant::wide) ? kWideShare : 1);
     if (best_cost >= 0 && cost_ >= best_cost) continue;
@@ -179,34 +214,36 @@ TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[k
     }
   }
   if (best_cost < 0) throw std::invalid_argument("fused_sm80: this device has too little shared memory");
+  cut_tile(best, problem, owned, entries[int(best.variant)].owned_warps);
   PlanCache::Entry& e = cache.entry[cache.next++ % PlanCache::kEntries];
   std::memcpy(e.axes, problem.axis, sizeof e.axes);
   e.kernel = entries[0].function;
   e.owned = owned;
   e.only = only;
+  e.limit = limit;
   e.plan = best;
   return best;
 }
 
-void launch(const KernelEntry& entry, Parameters& p, const Problem& problem, Side owned, const int (&owned_tile)[kAxes],
-            const int (&walked_box)[kAxes], int parts, cudaStream_t stream, const char* name) {
+void launch(const KernelEntry& entry, Parameters& p, const Problem& problem, Side owned, const TilePlan& tiles,
+            int parts, cudaStream_t stream, const char* name) {
   const int heads = owned == Side::queries ? problem.heads : problem.heads_kv;
   int64_t blocks = problem.batch * heads * parts;
   double needed = 1;
   for (int a = 0; a < kAxes; ++a) {
     const Axis& axis = p.axis[a];
-    const int tiles = ceil_div(ceil_div(owned == Side::queries ? axis.q_length : axis.kv_length, axis.dilation), owned_tile[a]);
-    if (tiles == 0) return;
-    p.tiles[a] = Divisor(tiles);
-    blocks *= int64_t(tiles) * axis.dilation;
-    needed *= owned_tile[a] + p.dense[a].kernel_size - 1;
+    const int count = ceil_div(longest_group(axis, owned), tiles.owned[a]);
+    if (count == 0) return;
+    p.tiles[a] = Divisor(count);
+    blocks *= int64_t(count) * axis.dilation;
+    needed *= tiles.owned[a] + p.dense[a].kernel_size - 1;
   }
   if (blocks == 0) return;
   p.parts = Divisor(parts);
   p.heads = Divisor(heads);
   p.heads_innermost = needed * heads * (problem.head_dim + problem.head_dim_v) * kElementBytes < kHeadsInnermostBytes;
-  p.owned = tile::make_owned_tile(owned_tile, entry.owned_warps);
-  p.box = tile::make_box_shape(walked_box);
+  p.owned = tile::make_owned_tile(tiles.owned, tiles.warp);
+  p.box = tile::make_box_shape(tiles.walked);
   allow_shared_memory(entry.function, entry.shared_bytes, name);
   entry.function<<<grid_size(blocks, name), entry.threads, entry.shared_bytes, stream>>>(p);
   check_launch(name);

@@ -25,19 +25,19 @@ Tensor make_additional(const TensorView& view, int element_bytes);
 // Everything but the tensors and the tiles.
 Parameters make_parameters(const Problem& problem);
 
-// The shape of the owned tile and of the walked boxes, for a kernel whose blocks own tiles of `owned`.
+// The shapes of the owned tile, of its cut for one warp and of the walked boxes.
 struct TilePlan {
   Variant variant;
-  int owned[kAxes], walked[kAxes];
+  int owned[kAxes], warp[kAxes], walked[kAxes];
 };
-// Reads a plan's seven numbers: variant, owned tile, walked box.
-TilePlan read_plan(const int* values, const KernelEntry (&entries)[kVariants]);
+// For a kernel whose blocks own tiles of `owned`. Reads seven numbers: variant, owned tile, walked box.
+TilePlan read_plan(const int* values, const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants]);
 // `only`: a variant, or -1 for the cheaper one.
 TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants], int only = -1);
 
 // Sets the tiles, the order of blocks and their number, and launches. Empty grids return at once.
-void launch(const KernelEntry& entry, Parameters& parameters, const Problem& problem, Side owned, const int (&owned_tile)[kAxes],
-            const int (&walked_box)[kAxes], int parts, cudaStream_t stream, const char* name);
+void launch(const KernelEntry& entry, Parameters& parameters, const Problem& problem, Side owned, const TilePlan& tiles,
+            int parts, cudaStream_t stream, const char* name);
 
 // Largest dynamic shared memory of a block, of the current device.
 int shared_memory_limit();
@@ -51,16 +51,24 @@ void visit_types(const Problem& problem, Visit visit) {
   const int head_dim = head_dim_class(problem);
   auto with_head_dim = [&](auto element) {
     switch (head_dim) {
-      case 32: return visit(element, std::integral_constant<int, 32>());
-      case 64: return visit(element, std::integral_constant<int, 64>());
-      case 96: return visit(element, std::integral_constant<int, 96>());
-      case 128: return visit(element, std::integral_constant<int, 128>());
-      case 192: return visit(element, std::integral_constant<int, 192>());
-      default: return visit(element, std::integral_constant<int, 256>());
+      case 32:
+        return visit(element, std::integral_constant<int, 32>());
+      case 64:
+        return visit(element, std::integral_constant<int, 64>());
+      case 96:
+        return visit(element, std::integral_constant<int, 96>());
+      case 128:
+        return visit(element, std::integral_constant<int, 128>());
+      case 192:
+        return visit(element, std::integral_constant<int, 192>());
+      default:
+        return visit(element, std::integral_constant<int, 256>());
     }
   };
-  if (problem.type == ScalarType::float16) with_head_dim(__half());
-  else with_head_dim(__nv_bfloat16());
+  if (problem.type == ScalarType::float16)
+    with_head_dim(__half());
+  else
+    with_head_dim(__nv_bfloat16());
 }
 
 }  // namespace natten::fused_sm80

@@ -13,9 +13,9 @@ struct KernelEntry {
   void (*function)(const Parameters);
   int threads;
   int shared_bytes;
-  int owned_rows;    // of the tile that a block owns
-  int owned_warps;   // sub-boxes that it is cut into
-  int walked_rows;   // of a box
+  int owned_rows;   // of the tile that a block owns
+  int owned_warps;  // sub-boxes that it is cut into
+  int walked_rows;  // of a box
 };
 
 // Two tile sizes per pass: `wide` for many keys per query, `narrow` for small windows, small problems and devices with

@@ -31,8 +31,8 @@ struct BoxWalk {
     if (run >= 0 && run < kRuns) run_offset[t][run] = offset_of_run(p.box, tensor, run);
   }
 
-  // By one thread per tensor, once the block is located. `round` is what a whole walk further means: 0 or the distance of
-  // heads.
+  // By one thread per tensor, once the block is located. `round` is what a whole walk further means: 0 or the distance
+  // of heads.
   template <class Block>
   __device__ __forceinline__ void start(const Parameters& p, const Block& block, int t, const Tensor& tensor,
                                         const char* origin, int64_t round) {
@@ -87,7 +87,8 @@ struct BoxWalk {
   }
 
   // Rows of a run of the box that exist.
-  __device__ __forceinline__ static int existing_rows(const Parameters& p, const int (&size)[kAxes], const int4& b, int run) {
+  __device__ __forceinline__ static int existing_rows(const Parameters& p, const int (&size)[kAxes], const int4& b,
+                                                      int run) {
     const int x = b.x + (run >> p.box.log_ym), y = b.y + ((run >> p.box.log_m) & ((1 << p.box.log[1]) - 1));
     const int z = b.z + (run & ((1 << p.box.log_m) - 1)) * tile::kRun;
     return x < size[0] && y < size[1] ? size[2] - z : 0;
@@ -95,10 +96,10 @@ struct BoxWalk {
   // By all threads: box n of tensor t.
   template <class Load>
   __device__ __forceinline__ void load(int n, int t, uint32_t tile, const Parameters& p, const int (&size)[kAxes],
-                                       const Tensor& tensor, const Load& loader) const {
+                                       const Tensor& tensor, bool wanted, const Load& loader) const {
     const int4 b = box[n % kRing];
-    loader.template load_box<kRows>(tile, source[n % kRing][t], run_offset[t], tensor.step[2], b.w & kWholeBox,
-                                    [&](int run) { return existing_rows(p, size, b, run); });
+    loader.template load_box<kRows, 1>({tile}, {source[n % kRing][t]}, {run_offset[t]}, {tensor.step[2]}, {wanted},
+                                       b.w & kWholeBox, [&](int run) { return existing_rows(p, size, b, run); });
   }
 };
 
@@ -143,23 +144,52 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
     this->source[n % kRing][0] = k.data + block.batch * k.batch + head * k.head + first * k.step[2];
     this->source[n % kRing][1] = v.data + block.batch * v.batch + head * v.head + first * v.step[2];
   }
+  // By all threads: the keys of box n, its values, or both.
   template <class Block, class Load>
-  __device__ __forceinline__ void load(int n, bool values, uint32_t tile, const Parameters& p, const Block& block,
-                                       const Load& loader) const {
+  __device__ __forceinline__ void load_keys(int n, uint32_t tile, const Parameters& p, const Block& block,
+                                            const Load& loader) const {
     const int4 b = this->box[n % kRing];
-    const bool additional = (b.w & kAdditionalBox) != 0;
-    const int64_t step = additional ? (values ? p.additional_value.step[2] : p.additional_key.step[2])
-                                    : (values ? p.value.step[2] : p.key.step[2]);
-    loader.template load_box<kKeys>(tile, this->source[n % kRing][values], this->run_offset[2 * additional + values], step,
-                                    b.w & kWholeBox, [&](int run) {
-                                      return additional ? p.additional - b.z - run * tile::kRun
-                                                        : Base::existing_rows(p, block.size, b, run);
-                                    });
+    const int table = 2 * (b.w & kAdditionalBox);
+    loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][0]}, {this->run_offset[table]},
+                                       {table ? p.additional_key.step[2] : p.key.step[2]}, {wanted(p.head_dim, loader)},
+                                       b.w & kWholeBox, [&](int run) { return existing_rows(p, block, b, run); });
+  }
+  template <class Block, class Load>
+  __device__ __forceinline__ void load_values(int n, uint32_t tile, const Parameters& p, const Block& block,
+                                              const Load& loader) const {
+    const int4 b = this->box[n % kRing];
+    const int table = 2 * (b.w & kAdditionalBox);
+    loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][1]}, {this->run_offset[table + 1]},
+                                       {table ? p.additional_value.step[2] : p.value.step[2]},
+                                       {wanted(p.head_dim_v, loader)}, b.w & kWholeBox,
+                                       [&](int run) { return existing_rows(p, block, b, run); });
+  }
+  template <class Block, class Load>
+  __device__ __forceinline__ void load_both(int n, uint32_t key_tile, uint32_t value_tile, const Parameters& p,
+                                            const Block& block, const Load& loader) const {
+    const int4 b = this->box[n % kRing];
+    const int table = 2 * (b.w & kAdditionalBox);
+    loader.template load_box<kKeys, 2>(
+        {key_tile, value_tile}, {this->source[n % kRing][0], this->source[n % kRing][1]},
+        {this->run_offset[table], this->run_offset[table + 1]},
+        {table ? p.additional_key.step[2] : p.key.step[2], table ? p.additional_value.step[2] : p.value.step[2]},
+        {wanted(p.head_dim, loader), wanted(p.head_dim_v, loader)}, b.w & kWholeBox,
+        [&](int run) { return existing_rows(p, block, b, run); });
+  }
+
+ private:
+  template <class Load>
+  __device__ __forceinline__ static bool wanted(int channels, const Load& loader) {
+    return loader.chunk * 8 < channels;
+  }
+  template <class Block>
+  __device__ __forceinline__ static int existing_rows(const Parameters& p, const Block& block, const int4& b, int run) {
+    return b.w & kAdditionalBox ? p.additional - b.z - run * tile::kRun : Base::existing_rows(p, block.size, b, run);
   }
 };
 
-// Tensor 0: queries, 1: output gradients, 2: statistics, 3: accumulators of query gradients, if any. Round r of the walk
-// is query head r of the group.
+// Tensor 0: queries, 1: output gradients, 2: statistics, 3: accumulators of query gradients, if any. Round r of the
+// walk is query head r of the group.
 template <int kQueries, int kRing, bool kAccumulate>
 struct QueryWalk : BoxWalk<3 + kAccumulate, kQueries, kRing> {
   using Base = BoxWalk<3 + kAccumulate, kQueries, kRing>;
