@@ -328,6 +328,17 @@ def test_command_fails_where_the_dispatcher_errs(small_list: list[str], monkeypa
     assert cli.main([*small_list, "--check-dispatch", "--passes", "forward"]) == 1
 
 
+def test_command_names_what_it_had_no_time_for(small_list: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    assert cli.main([*small_list, "--seconds", "-1", "--json", str(output)]) == 1
+    data = json.loads(output.read_text())
+    assert data["rows"] == []
+    assert [(s["pass"], s["reason"]) for s in data["skipped"]] == [
+        ("forward", "out of time"),
+        ("backward", "out of time"),
+    ]
+
+
 @pytest.mark.parametrize("option", [["--kernels", "fast"], ["--passes", "sideways"], ["--dtypes", "int8"]])
 def test_command_rejects_unknown_names(small_list: list[str], option: list[str]) -> None:
     with pytest.raises(SystemExit, match="not among"):

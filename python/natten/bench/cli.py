@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tf32", action="store_true", help="allow TF32 products for float32")
     result.add_argument("--check-dispatch", action="store_true", help="fail where 'auto' loses to a measured kernel")
     result.add_argument("--budget-ms", type=float, help="time to spend on each measurement (default 100)")
+    result.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
     result.add_argument("--limit-ms", type=float, default=5000, help="skip kernels estimated to take longer per call")
     result.add_argument("--json", help="write the rows here, with device, versions, commit, command and date")
     result.add_argument("--commit", help="revision to name in the file, where the code runs outside its repository")
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python", "-m", "natten", "bench", *(sys.argv[2:] if argv is None else argv)]
     head = circumstances(device, command, arguments.commit)
     recorded = problems.device == head["device"]
-    results = run(problems, arguments.dtypes, settings, recorded, arguments.unfused, _progress)
+    results = run(problems, arguments.dtypes, settings, recorded, arguments.unfused, arguments.seconds, _progress)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     title = f"{head['device']}, torch {torch.__version__}" + (", CUDA graphs" if settings.graph else "")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -304,24 +305,33 @@ def run(
     settings: Settings,
     recorded: bool,
     unfused: bool = False,
+    seconds: float = math.inf,
     progress: Callable[[Row | Skip], None] = lambda _: None,
 ) -> Results:
-    """Measures everything asked for; ``dtypes`` empty stands for each problem's own type."""
+    """Measures everything asked for; ``dtypes`` empty stands for each problem's own type.
+
+    After ``seconds`` no pass of a problem is begun; the skips name those left out.
+    """
+    end = time.monotonic() + seconds
     results = Results()
     wanted = tuple(dtypes)
     for problem in problems.problems:
         for dtype in wanted or (problem.dtype,):
-            parts = (
-                [measure_unfused(problem, dtype, settings)]
+            parts: dict[str, Iterator[Row | Skip]] = (
+                {"unfused": measure_unfused(problem, dtype, settings)}
                 if unfused
-                else [measure_attention(problem, pass_, dtype, settings, recorded) for pass_ in settings.passes]
+                else {p: measure_attention(problem, p, dtype, settings, recorded) for p in settings.passes}
             )
-            for item in itertools.chain.from_iterable(parts):
-                progress(item)
-                if isinstance(item, Row):
-                    results.rows.append(item)
-                else:
-                    results.skips.append(item)
+            for pass_, part in parts.items():
+                if time.monotonic() > end:
+                    results.skips.append(Skip(problem.name, "every kernel", pass_, dtype, "out of time"))
+                    continue
+                for item in part:
+                    progress(item)
+                    if isinstance(item, Row):
+                        results.rows.append(item)
+                    else:
+                        results.skips.append(item)
     return results
 
 
