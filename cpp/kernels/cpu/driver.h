@@ -52,7 +52,7 @@ class Buffer {
 inline char* thread_scratch(int head_dim, int head_dim_v) {
   static thread_local Buffer buffer;
   const int64_t operands = int64_t(2) * kTileTokens * (head_dim + head_dim_v + 32) * 8;
-  const int64_t scores = int64_t(4) * kTileTokens * kBlockBytes;
+  const int64_t scores = int64_t(3) * kTileTokens * kBlockBytes;  // two of them, and the mask
   const int64_t softmax = int64_t(kTileTokens) * 4 * kScratchAlignment;
   return buffer.grow(operands + scores + softmax + 16 * kScratchAlignment);
 }

@@ -34,12 +34,12 @@ NATTEN_INLINE RowRange rows_seen(const Block<T>& block, const Stream& stream, in
 }
 
 template <class T>
-constexpr int64_t kMaskElements = 2 * kTileTokens * kBlockLanes<T>;
+constexpr int64_t kMaskElements = kTileTokens * kBlockLanes<T>;
 
-// +infinity inside a column's window and -infinity outside, [columns + kTileTokens, lanes]; columns repeat cyclically, so that
-// the tokens from any point of the tile on find theirs in consecutive rows.
+// +infinity inside a column's window and -infinity outside, [tile tokens, lanes]; the same for every tile row, so that
+// any rows of the tile that go into a product together find theirs at the beginning.
 template <class T>
-NATTEN_INLINE void make_mask(const Block<T>& block, const Stream& stream, int columns, T* mask) {
+NATTEN_INLINE void make_mask(const Block<T>& block, const Stream& stream, int rows, int columns, T* mask) {
   constexpr int L = kLanes<T>;
   const int fold = stream.grid.fold;
   for (int c = 0; c < columns; ++c) {
@@ -49,7 +49,7 @@ NATTEN_INLINE void make_mask(const Block<T>& block, const Stream& stream, int co
       const IntegerVector<T> number = lane_numbers<T>() + lane;
       const Vector<T> outside = broadcast<T>(-__builtin_inff());
       const Vector<T> value = ((number >= begin) & (number < end)) ? -outside : outside;
-      for (int row = c; row < columns + kTileTokens; row += columns) store(mask + row * block.lanes + lane, value);
+      for (int r = 0; r < rows; ++r) store(mask + (r * columns + c) * block.lanes + lane, value);
     }
   }
 }
@@ -70,7 +70,7 @@ NATTEN_INLINE void walk(const Stream& stream, int rows, int columns, T* mask, co
     const bool full = block.lanes == block.count(stream.grid) && windows.column_begin[columns - 1] <= column &&
                       windows.column_end[0] >= block.column_end;
     block.mask = full ? nullptr : mask;
-    if (!full) make_mask(block, stream, columns, mask);
+    if (!full) make_mask(block, stream, rows, columns, mask);
     const int most_rows = kBlockLanes<T> / block.lanes;
     for (block.outer = windows.outer.begin; block.outer < windows.outer.end; ++block.outer) {
       for (int row = windows.row_begin[0] / fold; row < row_end; row = block.row_end) {
@@ -107,7 +107,6 @@ NATTEN_INLINE void block_scores(const Block<T>& block, const Stream& stream, int
     product.mask = masked ? block.mask : nullptr;
     product.mask_pitch = block.lanes;
     product.out = out + first * columns * kBlockLanes<T> + (row - block.row_begin) * block.lanes;
-    // first * columns is a multiple of the columns, so the mask's first row is the first token's.
     multiply_scores(product, (last - first) * columns, block.lanes / L);
   }
   if (!masked || fold == 1) return;
