@@ -429,7 +429,7 @@ def _backward_with_graph(
     kernel = call.forced if call.forced is not None and call.forced in _UNFUSED_KERNELS else None
     query, key, value, additional_keys, additional_values = tensors
     outputs = composite(call.problem, query, key, value, additional_keys, additional_values, kernel)
-    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if g is not None]
+    pairs = [(o, g) for o, g in zip(outputs, (grad_out, grad_lse), strict=True) if o is not None and g is not None]
     wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
     found = iter(
         torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)

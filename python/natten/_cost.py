@@ -186,8 +186,8 @@ def milliseconds(
     weights = attention_weights_bytes(problem)
     moved, launches, steps = tensors, 1, 1
     if operation is Operation.forward:
-        if composite:  # weights written by qk, read and written by softmax, read for the logsumexp and by av
-            moved, launches, steps = tensors + 5 * weights, 5, 2
+        if composite:  # weights written by qk, read and written by softmax, read by av
+            moved, launches, steps = tensors + 4 * weights, 3, 2
     elif operation is Operation.backward:
         moved, launches = 2 * tensors, 2
         if composite:  # gradient of the weights written; softmax reads two, writes one; three products read one each
