@@ -38,11 +38,12 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
 }
 
 // Shared-memory matrix descriptor of swizzled tiles whose rows are `kRowBytes` (64 or 128) long, as the copy engine
-// writes them. Low word: address and leading offset; high word: distance of 8-row groups and the swizzle mode.
+// writes them; 16: no swizzle, 8 x 16-byte blocks one after another. Low word: address and leading offset; high word:
+// distance of 8-row groups and the swizzle mode.
 template <int kRowBytes>
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t low) {
-  static_assert(kRowBytes == 64 || kRowBytes == 128);
-  constexpr uint32_t kMode = kRowBytes == 128 ? 1 : 2;
+  static_assert(kRowBytes == 16 || kRowBytes == 64 || kRowBytes == 128);
+  constexpr uint32_t kMode = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 0;
   constexpr uint32_t kHigh = kMode << 30 | (8 * kRowBytes) >> 4;
   return static_cast<uint64_t>(kHigh) << 32 | low;
 }

@@ -64,11 +64,13 @@ constexpr int producer_registers(const Variant& v) {
   return v.blocks == 2 ? 32 : v.warpgroups == 2 ? (v.head_dim == 256 ? 40 : 56) : v.keys == 128 ? 32 : 56;
 }
 
-// What the scheduler warp tells the other roles about a tile. Coordinates are those of the folded maps (maps.h).
+// What the scheduler warp tells the other roles about a tile. Coordinates are positions among the queries, or keys, of
+// the tile's dilation group that were passed.
 struct alignas(16) TileRecord {
   int query_origin[kAxes];        // of the block's query box
   int query_end[kAxes];           // of the group
   int query_fold, out_fold, key_fold, value_fold, additional_key_fold, additional_value_fold;
+  int query_shape, key_shape;     // which maps: bit a is set if the group is shorter along axis a
   int box_count[kAxes];
   int box_steps;                  // product of box_count; negative: no tile is left
   int key_begin[kAxes];           // the union of the block's windows
@@ -87,6 +89,12 @@ struct alignas(16) StepRecord {
 constexpr int kAdditionalStep = 1 << 8;
 static_assert(sizeof(TileRecord::window) / sizeof(Range) <= 256);
 
+// Variants that can mask by tensor core (bias.h) besides score by score (mask.h). It needs a producer warp that keeps up,
+// and registers for a second copy of the loop: not where steps are short, or two blocks share an SM.
+constexpr bool masks_by_bias(const Variant& v) { return v.blocks == 1 && (v.head_dim > 64 || v.keys == 64) && v.head_dim > 32; }
+// Key coordinates for which a tile may have mask vectors then.
+constexpr int kKeyVectors = 448;
+
 template <typename Element_, int kVariant>
 struct Config {
   using Element = Element_;
@@ -101,24 +109,44 @@ struct Config {
   // overlap each other instead.
   static constexpr bool kOverlap = kBlocks == 1;
 
+  static constexpr bool kMasksByBias = masks_by_bias(kSelf);
+
   static constexpr int kQueryBytes = kQueries * kHeadDim * 2, kKeyBytes = kKeys * kHeadDim * 2;
-  // With two query buffers the next tile's queries arrive during this tile; worth their memory where tiles are short.
-  static constexpr int kQueryBuffers = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kBlockBytes = kBlocks == 1 ? kMaxSharedBytes : kMaxSharedBytes / kBlocks - 512;
-  static constexpr int kFixedBytes =
-      kQueryBuffers * kWarpgroups * kQueryBytes + kTileRecords * static_cast<int>(sizeof(TileRecord)) + 1024;
-  static constexpr int kFit = (kBlockBytes - kFixedBytes) / (2 * kKeyBytes + 64);
-  static constexpr int kStages = kFit < 6 ? kFit : 6;
+  static constexpr int kKeySlotBytes = kMasksByBias ? (kWarpgroups + 1) * kKeys * 16 : 0;  // of a stage
+  static constexpr int kRecordBytes = kTileRecords * static_cast<int>(sizeof(TileRecord)) + kWarpgroups * kQueries * 8 +
+                                      (kMasksByBias ? kKeyVectors * 16 + kQueries * 32 : 0) + 1024;
+  static constexpr int stages(int query_buffers) {
+    const int free = kBlockBytes - kRecordBytes - query_buffers * kWarpgroups * kQueryBytes;
+    const int fit = free / (2 * kKeyBytes + kKeySlotBytes + 64);
+    return fit < 6 ? fit : 6;
+  }
+  // With two query buffers the next tile's queries arrive during this tile, unless that leaves too few keys in flight.
+  static constexpr int kQueryBuffers = stages(2) * kKeys >= 256 ? 2 : 1;
+  static constexpr int kStages = stages(kQueryBuffers);
   static_assert(kStages >= 2);
 };
+
+// For masks by tensor core (bias.h).
+template <class Config, bool = Config::kMasksByBias>
+struct BiasStorage {
+  alignas(128) uint8_t key_slots[Config::kStages][Config::kKeySlotBytes];
+  alignas(128) uint8_t query_slots[kQueries * 32];
+  uint4 key_vectors[kKeyVectors];
+};
+template <class Config>
+struct BiasStorage<Config, false> {};
 
 template <class Config>
 struct SharedStorage {
   alignas(1024) uint8_t query[Config::kQueryBuffers][Config::kWarpgroups][Config::kQueryBytes];
   alignas(1024) uint8_t key[Config::kStages][Config::kKeyBytes];
   alignas(1024) uint8_t value[Config::kStages][Config::kKeyBytes];
+  BiasStorage<Config> bias;
   TileRecord tile[kTileRecords];
   StepRecord step[Config::kStages];
+  Group group[kAxes];                                              // scheduler's own
+  int64_t logsumexp_offset[Config::kWarpgroups * kQueries];       // of each query from the tile's first
   uint64_t key_full[Config::kStages], key_empty[Config::kStages];
   uint64_t value_full[Config::kStages], value_empty[Config::kStages];
   uint64_t query_full[Config::kQueryBuffers][Config::kWarpgroups];

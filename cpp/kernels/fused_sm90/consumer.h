@@ -4,12 +4,14 @@
 // issued together, and softmax j + 1 runs while the tensor cores still work on P_j V_j.
 #pragma once
 
+#include "kernels/fused_sm90/bias.h"
 #include "kernels/fused_sm90/config.h"
 #include "kernels/fused_sm90/mask.h"
 #include "kernels/fused_sm90/parameters.h"
 #include "kernels/fused_sm90/producer.h"
 #include "kernels/fused_sm90/softmax.h"
 #include "ptx/barrier.h"
+#include "ptx/math.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
 
@@ -29,11 +31,12 @@ struct Consumer {
   SharedStorage<Config>& shared;
   const int warpgroup, warp, lane;
   const uint32_t key_low, value_low;  // matrix descriptors of stage 0
+  uint32_t key_slots_low, query_slots_low;
   uint32_t query_low;
   Ring<Config::kStages> ring;  // the step at hand
   StepRecord box;
-  bool partial;
-  Mask<Config::kOverlap> mask;
+  bool biased, masked;  // how the box's mask is applied: by tensor core, or score by score
+  Mask mask;
   Softmax softmax;
   float out[kHeadDim / 2];
   uint32_t probabilities[kKeys / 16][4];
@@ -46,7 +49,16 @@ struct Consumer {
         lane(threadIdx.x % 32),
         key_low(ptx::matrix_descriptor_low(ptx::shared_address(storage.key), 16)),
         value_low(ptx::matrix_descriptor_low(ptx::shared_address(storage.value), kKeys * kRowBytes)),
-        mask(parameters, warpgroup_index, warp, lane) {}
+        mask(parameters, warpgroup_index, warp, lane) {
+    if constexpr (Config::kMasksByBias) {
+      using Halves = SlotHalves<Config>;
+      const int common = Halves::shared_half(p.pair_axis), own = Halves::own_half(p.pair_axis, warpgroup);
+      const int half_xy = p.pair_axis == 2 ? common : own, half_z = p.pair_axis == 2 ? own : common;
+      key_slots_low = ptx::matrix_descriptor_low(ptx::shared_address(shared.bias.key_slots) + half_xy * Halves::kBytes,
+                                                 (half_z - half_xy) * Halves::kBytes);
+      query_slots_low = ptx::matrix_descriptor_low(ptx::shared_address(shared.bias.query_slots), kQueries * 16);
+    }
+  }
 
   __device__ __forceinline__ void release(uint64_t& barrier) const {
     if (lane == 0) ptx::barrier_arrive(barrier);
@@ -57,7 +69,9 @@ struct Consumer {
     ptx::barrier_wait(shared.key_full[ring.slot], ring.parity);
     box = shared.step[ring.slot];
     const uint32_t flags = uniform(static_cast<uint32_t>(box.flags) >> 2 * warpgroup);
-    partial = !(flags & 2);
+    const bool partial = !(flags & 2);
+    biased = Config::kMasksByBias && partial && p.bias;
+    masked = partial && !biased;
     return flags & 1;
   }
 
@@ -68,16 +82,22 @@ struct Consumer {
     ring.advance();
   }
 
-  // S = Q K^T
+  // S = Q K^T, plus the box's mask
+  template <bool kBiased>
   __device__ __forceinline__ void issue_scores(Scores& scores) {
     const uint32_t key = uniform(key_low + ring.slot * (Config::kKeyBytes >> 4));
     ptx::wgmma_fence();
+    if constexpr (kBiased) {
+      const uint32_t slots = uniform(key_slots_low + ring.slot * (Config::kKeySlotBytes >> 4));
+      ptx::wgmma_shared<Element, kKeys>(scores, ptx::matrix_descriptor<16>(uniform(query_slots_low)),
+                                        ptx::matrix_descriptor<16>(slots), 0);
+    }
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const int chunk = 16 * k / kChunk, within = 16 * k % kChunk * 2;
       ptx::wgmma_shared<Element, kKeys>(
           scores, ptx::matrix_descriptor<kRowBytes>(query_low + ((chunk * kQueries * kRowBytes + within) >> 4)),
-          ptx::matrix_descriptor<kRowBytes>(key + ((chunk * kKeys * kRowBytes + within) >> 4)), k > 0);
+          ptx::matrix_descriptor<kRowBytes>(key + ((chunk * kKeys * kRowBytes + within) >> 4)), k > 0 || kBiased);
     }
     ptx::wgmma_commit();
   }
@@ -94,14 +114,9 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void update_softmax(Scores& scores, const MaskBits& bits) {
-    if (partial) bits.apply(scores);
-    softmax.update(scores, p.scale_log2, p.slack);
-  }
-
   __device__ __forceinline__ void round_probabilities(const Scores& scores) {
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = pack<Element>(scores[2 * i], scores[2 * i + 1]);
+    for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = ptx::pack(scores[2 * i], scores[2 * i + 1], Element());
   }
 
   __device__ __forceinline__ void finish_out(const Ring<Config::kStages>& at) {
@@ -115,18 +130,51 @@ struct Consumer {
     release(shared.value_empty[at.slot]);
   }
 
-  // The first of a run of needed steps: nothing to overlap with yet.
-  __device__ __forceinline__ void start(const TileRecord& tile) {
+  // One step. `previous` is the step whose P V is still to be done, and runs beside this step's softmax; the first of a
+  // run of needed steps has none. Masked boxes have code of their own because wgmma tolerates no branch inside a group.
+  template <bool kBiased, bool kFirst>
+  __device__ __forceinline__ void step(const TileRecord& tile, const Ring<Config::kStages>& previous) {
     Scores scores;
-    issue_scores(scores);
     MaskBits bits;
-    if (partial) bits = mask.of(p, tile, box);
-    ptx::wgmma_wait<0>();
+    if constexpr (!kFirst) {
+      ptx::pin(out);
+      ptx::pin(probabilities);
+    }
+    issue_scores<kBiased>(scores);
+    if constexpr (!kFirst) {
+      ptx::barrier_wait(shared.value_full[previous.slot], previous.parity);
+      issue_out(previous.slot);
+    }
+    if constexpr (!kBiased) {
+      if (masked) bits = mask.of(p, tile, box);
+    }
+    ptx::wgmma_wait<kFirst ? 0 : 1>();
     ptx::pin(scores);
     release(shared.key_empty[ring.slot]);
-    update_softmax(scores, bits);
+    if constexpr (!kBiased) {
+      if (masked) bits.apply(scores);
+    }
+    softmax.update(scores, p.scale_log2, p.slack);
+    if constexpr (!kFirst) {
+      ptx::pin(scores);  // or the compiler moves the exponentials behind the wait
+      ptx::wgmma_wait<0>();
+      ptx::pin(out);
+      ptx::pin(probabilities);
+      release(shared.value_empty[previous.slot]);
+    }
     softmax.rescale(out);
     round_probabilities(scores);
+  }
+
+  template <bool kFirst>
+  __device__ __forceinline__ void any_step(const TileRecord& tile, const Ring<Config::kStages>& previous) {
+    if constexpr (Config::kMasksByBias) {
+      if (biased) {
+        step<true, kFirst>(tile, previous);
+        return;
+      }
+    }
+    step<false, kFirst>(tile, previous);
   }
 
   __device__ __forceinline__ void attend(const TileRecord& tile, int steps) {
@@ -137,7 +185,7 @@ struct Consumer {
         ++j;
         continue;
       }
-      start(tile);
+      any_step<true>(tile, ring);
       Ring<Config::kStages> previous = ring;
       ring.advance();
       ++j;
@@ -146,24 +194,7 @@ struct Consumer {
         if (j < steps) needed = fetch();
 #pragma unroll 1
         while (needed) {
-          ptx::pin(out);
-          ptx::pin(probabilities);
-          Scores scores;
-          issue_scores(scores);
-          ptx::barrier_wait(shared.value_full[previous.slot], previous.parity);
-          issue_out(previous.slot);
-          MaskBits bits;
-          if (partial) bits = mask.of(p, tile, box);
-          ptx::wgmma_wait<1>();
-          ptx::pin(scores);
-          release(shared.key_empty[ring.slot]);
-          update_softmax(scores, bits);
-          ptx::wgmma_wait<0>();
-          ptx::pin(out);
-          ptx::pin(probabilities);
-          release(shared.value_empty[previous.slot]);
-          softmax.rescale(out);
-          round_probabilities(scores);
+          any_step<false>(tile, previous);
           previous = ring;
           ring.advance();
           if (++j >= steps) break;
@@ -179,7 +210,7 @@ struct Consumer {
   }
 
   // Normalises, stages the tile in its query buffer (swizzled like the maps), and hands it to the copy engine.
-  __device__ __forceinline__ void store(const TileRecord& tile, const CUtensorMap& out_map, uint8_t* staging) {
+  __device__ __forceinline__ void store(const TileRecord& tile, const CUtensorMap (&out_maps)[kGroupShapes], uint8_t* staging) {
     float reciprocal[2];
     softmax.finish(reciprocal);
     ptx::named_barrier_sync(1 + warpgroup, 128);  // every warp is done with the queries
@@ -192,10 +223,10 @@ struct Consumer {
       const float* o = out + 8 * k;
       asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                        row_address + chunk * kQueries * kRowBytes + (((within + lane / 16) ^ swizzle) << 4)),
-                   "r"(pack<Element>(o[0] * reciprocal[0], o[1] * reciprocal[0])),
-                   "r"(pack<Element>(o[2] * reciprocal[1], o[3] * reciprocal[1])),
-                   "r"(pack<Element>(o[4] * reciprocal[0], o[5] * reciprocal[0])),
-                   "r"(pack<Element>(o[6] * reciprocal[1], o[7] * reciprocal[1]))
+                   "r"(ptx::pack(o[0] * reciprocal[0], o[1] * reciprocal[0], Element())),
+                   "r"(ptx::pack(o[2] * reciprocal[1], o[3] * reciprocal[1], Element())),
+                   "r"(ptx::pack(o[4] * reciprocal[0], o[5] * reciprocal[0], Element())),
+                   "r"(ptx::pack(o[6] * reciprocal[1], o[7] * reciprocal[1], Element()))
                    : "memory");
     }
     ptx::fence_async_shared();
@@ -205,32 +236,50 @@ struct Consumer {
       if (c.x < tile.query_end[0] && c.y < tile.query_end[1] && c.z < tile.query_end[2]) {
 #pragma unroll
         for (int chunk = 0; chunk < Config::kChunks; ++chunk, c.channel += kChunk) {
-          ptx::tensor_store(staging + chunk * kQueries * kRowBytes, out_map, c);
+          ptx::tensor_store(staging + chunk * kQueries * kRowBytes, out_maps[tile.query_shape], c);
         }
       }
       ptx::tensor_store_commit();
     }
-    if (p.logsumexp != nullptr && lane % 4 == 0) store_logsumexp(tile);
+    if (p.logsumexp != nullptr) store_logsumexp(tile);
   }
 
+  // Box coordinates of a row of the warpgroup's tile.
+  struct Coordinate {
+    int x, y, z;
+  };
+  __device__ __forceinline__ Coordinate coordinate_of(int row) const {
+    return {row >> (p.log2_z + p.log2_y), row >> p.log2_z & ((1 << p.log2_y) - 1), row & ((1 << p.log2_z) - 1)};
+  }
+
+  // Sixteen lanes write a row each. A row's statistics are with lanes 4 (row % 8) .. + 3, element row / 8.
   __device__ __forceinline__ void store_logsumexp(const TileRecord& tile) const {
+    const float low = __shfl_sync(kWarp, softmax.logsumexp(0, p.scale_log2), 4 * (lane % 8));
+    const float high = __shfl_sync(kWarp, softmax.logsumexp(1, p.scale_log2), 4 * (lane % 8));
+    if (lane >= 16) return;
+    const int row = warp * 16 + lane;
     const ptx::BoxCoordinate origin = query_box(p, tile, warpgroup, 0);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = warp * 16 + lane / 4 + 8 * r;
-      const int x = origin.x + (row >> (p.log2_z + p.log2_y));
-      const int y = origin.y + (row >> p.log2_z & ((1 << p.log2_y) - 1));
-      const int z = origin.z + (row & ((1 << p.log2_z) - 1));
-      if (x >= tile.query_end[0] || y >= tile.query_end[1] || z >= tile.query_end[2]) continue;
-      const int64_t element = tile.logsumexp_origin +
-                              p.logsumexp_axis[0] * p.axis[0].dilation * (x - tile.query_origin[0]) +
-                              p.logsumexp_axis[1] * p.axis[1].dilation * (y - tile.query_origin[1]) +
-                              p.logsumexp_axis[2] * p.axis[2].dilation * (z - tile.query_origin[2]);
-      p.logsumexp[element] = softmax.logsumexp(r, p.scale_log2);
+    const Coordinate c = coordinate_of(row);
+    if (origin.x + c.x < tile.query_end[0] && origin.y + c.y < tile.query_end[1] && origin.z + c.z < tile.query_end[2]) {
+      p.logsumexp[tile.logsumexp_origin + shared.logsumexp_offset[warpgroup * kQueries + row]] = lane < 8 ? low : high;
     }
   }
 
-  __device__ __forceinline__ void run(const CUtensorMap& out_map) {
+  // Offsets that store_logsumexp adds; every thread of the warp reads only what its warp wrote.
+  __device__ __forceinline__ void prepare_logsumexp() {
+    const int row = warp * 16 + lane % 16, step = warpgroup * p.warpgroup_box[p.pair_axis];
+    const Coordinate c = coordinate_of(row);
+    const int position[kAxes] = {c.x + (p.pair_axis == 0 ? step : 0), c.y + (p.pair_axis == 1 ? step : 0),
+                                 c.z + (p.pair_axis == 2 ? step : 0)};
+    int64_t offset = 0;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) offset += p.logsumexp_axis[a] * p.axis[a].dilation * position[a];
+    shared.logsumexp_offset[warpgroup * kQueries + row] = offset;
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void run(const CUtensorMap (&out_maps)[kGroupShapes]) {
+    prepare_logsumexp();
     Ring<kTileRecords> tiles;
     Ring<Config::kQueryBuffers> queries;
     while (true) {
@@ -238,7 +287,7 @@ struct Consumer {
       const TileRecord& tile = shared.tile[tiles.slot];
       const int box_steps = static_cast<int>(uniform(tile.box_steps));
       if (box_steps < 0) break;
-      softmax = Softmax{};
+      softmax.begin(p.lowest);
       mask.begin_tile();
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.f;
@@ -246,7 +295,7 @@ struct Consumer {
       query_low = uniform(ptx::matrix_descriptor_low(ptx::shared_address(query), 16));
       ptx::barrier_wait(shared.query_full[queries.slot][warpgroup], queries.parity);
       attend(tile, box_steps + p.additional_steps);
-      store(tile, out_map, query);
+      store(tile, out_maps, query);
       if (warp == 0 && lane == 0) {
         ptx::tensor_store_wait_read();
         ptx::barrier_arrive(shared.query_empty[queries.slot][warpgroup]);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cmath>
 #include <iterator>
 #include <stdexcept>
@@ -16,30 +15,24 @@
 #include "kernels/fused_sm90/kernels.h"
 #include "kernels/fused_sm90/maps.h"
 #include "kernels/fused_sm90/planner.h"
+#include "kernels/launch.h"
 
 namespace natten::fused_sm90 {
 
 namespace {
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("natten: CUDA error: ") + cudaGetErrorString(error));
-}
+constexpr char kName[] = "fused_sm90 forward";
 
-// Masks are cheapest to update along x, so a two-dimensional problem uses x and z.
-ForwardArguments canonical(const ForwardArguments& arguments) {
-  ForwardArguments a = arguments;
-  if (a.problem.rank != 2) return a;
-  std::swap(a.problem.axis[0], a.problem.axis[1]);
-  for (TensorView* view : {&a.query, &a.key, &a.value, &a.out, &a.logsumexp}) {
+// Key boxes come x fastest: that is where masks are cheapest to update, and where warpgroups that lie side by side run
+// least out of step when each skips the boxes that only others need. So x takes the place of y where that helps.
+void exchange_x_and_y(ForwardArguments* a, Schedule* s) {
+  std::swap(a->problem.axis[0], a->problem.axis[1]);
+  for (TensorView* view : {&a->query, &a->key, &a->value, &a->out, &a->logsumexp}) {
     std::swap(view->axis_stride[0], view->axis_stride[1]);
   }
-  int* plan = a.problem.plan.values;
-  if (a.problem.plan.size == kScheduleValues) {
-    std::swap(plan[3], plan[4]);
-    std::swap(plan[6], plan[7]);
-    if (plan[9] < 2) plan[9] = 1 - plan[9];
-  }
-  return a;
+  std::swap(s->warpgroup_box[0], s->warpgroup_box[1]);
+  std::swap(s->key_box[0], s->key_box[1]);
+  if (s->pair_axis < 2) s->pair_axis = 1 - s->pair_axis;
 }
 
 struct FoldedTensors {
@@ -72,7 +65,9 @@ const char* check_problem(const Problem& p) {
     if (d < 8 || d % 8 != 0 || d > kClasses[std::size(kClasses) - 1]) return "a head dim is not a multiple of 8 up to 256";
   }
   const double scale_log2 = p.scale * 1.4426950408889634;
-  if (!(scale_log2 >= FLT_MIN && scale_log2 <= FLT_MAX)) return "the scale is not positive";
+  // Masked scores must vanish after scaling.
+  const double least = p.type == ScalarType::bfloat16 ? 0x1p-60 : 0x1p-20;
+  if (!(scale_log2 > least && scale_log2 < 0x1p20)) return "the scale is not positive, or extreme";
   if (p.additional > INT32_MAX / 2) return "too many additional keys";
   return nullptr;
 }
@@ -80,20 +75,21 @@ const char* check_problem(const Problem& p) {
 Parameters make_parameters(const ForwardArguments& a, const Schedule& s, const FoldedTensors& folded) {
   const Problem& problem = a.problem;
   Parameters p{};
-  int64_t tiles = 1;
+  int64_t tiles = 1, radix[kDigits];
   for (int i = 0; i < kAxes; ++i) {
     p.axis[i] = problem.axis[i];
     p.warpgroup_box[i] = s.warpgroup_box[i];
     p.tile_box[i] = s.warpgroup_box[i] * (i == s.pair_axis ? s.warpgroups : 1);
     p.key_box[i] = s.key_box[i];
-    p.digit_radix[kTileX - i] = ceil_div(ceil_div(problem.axis[i].q_length, problem.axis[i].dilation), p.tile_box[i]);
-    p.digit_radix[kGroupX - i] = problem.axis[i].dilation;
+    radix[kTileX - i] = ceil_div(ceil_div(problem.axis[i].q_length, problem.axis[i].dilation), p.tile_box[i]);
+    radix[kGroupX - i] = problem.axis[i].dilation;
   }
-  p.digit_radix[kHead] = problem.heads;
-  p.digit_radix[kBatch] = static_cast<int>(problem.batch);
+  radix[kHead] = problem.heads;
+  radix[kBatch] = problem.batch;
   for (int d = 0; d < kDigits; ++d) {
-    p.digit_weight[d] = static_cast<int>(tiles);
-    tiles *= p.digit_radix[d];
+    p.digit_weight[d] = Divisor(static_cast<uint32_t>(tiles));
+    p.digit_radix[d] = Divisor(static_cast<uint32_t>(radix[d]));
+    tiles *= radix[d];
     if (tiles > INT32_MAX / 2) throw std::invalid_argument("natten: more than 2^30 tiles");
   }
   p.tiles = static_cast<int>(tiles);
@@ -119,11 +115,20 @@ Parameters make_parameters(const ForwardArguments& a, const Schedule& s, const F
   p.scale_log2 = static_cast<float>(problem.scale * 1.4426950408889634);
   p.slack = 8.f / p.scale_log2;
 
+  p.bias = masks_by_bias(problem, s);
+  p.first_slot_y = s.warpgroup_box[0] > 1 ? s.warpgroup_box[0] : 0;
+  // Masked scores are around -2^126 in bfloat16 and -2^31 in float16 by bias, -inf otherwise.
+  p.lowest = p.bias && problem.type == ScalarType::float16 ? -0x1p30f : -0x1p100f;
+
   p.logsumexp = static_cast<float*>(a.logsumexp.data);
   std::copy(std::begin(a.logsumexp.axis_stride), std::end(a.logsumexp.axis_stride), p.logsumexp_axis);
   p.logsumexp_head = a.logsumexp.head_stride;
   p.logsumexp_batch = a.logsumexp.batch_stride;
   return p;
+}
+
+[[noreturn]] void refuse(const char* why) {
+  throw std::invalid_argument(std::string("natten: the Hopper kernel cannot run this call: ") + why);
 }
 
 // Raises the kernel's shared memory limit, once per device.
@@ -132,7 +137,7 @@ void allow_shared_memory(const KernelInfo& kernel, int variant, ScalarType type,
   std::atomic<uint64_t>& devices = allowed[type == ScalarType::float16][variant];
   const uint64_t bit = uint64_t{1} << (device % 64);
   if (device < 64 && devices.load(std::memory_order_relaxed) & bit) return;
-  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+  check_cuda(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes), kName);
   devices.fetch_or(bit, std::memory_order_relaxed);
 }
 
@@ -145,40 +150,41 @@ const char* why_unsupported(const ForwardArguments& arguments) {
 }
 
 void forward(const ForwardArguments& arguments, void* stream) {
-  const ForwardArguments a = canonical(arguments);
-  const Problem& problem = a.problem;
-  FoldedTensors folded{};
-  const char* why = check_problem(problem);
-  if (!why) why = fold_all(a, &folded);
-  if (why) throw std::invalid_argument(std::string("natten: the Hopper kernel cannot run this call: ") + why);
-
+  if (no_queries(arguments.problem)) return;
+  if (const char* why = check_problem(arguments.problem)) refuse(why);
   int device, multiprocessors;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  const Schedule schedule = choose_schedule(problem, multiprocessors);
+  check_cuda(cudaGetDevice(&device), kName);
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
+  ForwardArguments a = arguments;
+  const Problem& problem = a.problem;
+  Schedule schedule = choose_schedule(problem, multiprocessors);
+  if (problem.rank == 2 || schedule.pair_axis == 1) exchange_x_and_y(&a, &schedule);
+  FoldedTensors folded{};
+  if (const char* why = fold_all(a, &folded)) refuse(why);
+
   const int head_dim = head_dim_class(std::max(problem.head_dim, problem.head_dim_v));
   const int variant = variant_index(head_dim, schedule);
   const KernelInfo kernel =
       problem.type == ScalarType::bfloat16 ? bfloat16_kernel(variant) : float16_kernel(variant);
 
   Parameters parameters = make_parameters(a, schedule, folded);
-  if (parameters.tiles == 0) return;
   const int chunk = chunk_channels(head_dim), additional_box[kAxes] = {1, 1, schedule.keys};
   Maps maps{};
-  maps.query = encode(folded.query, problem.type, chunk, schedule.warpgroup_box);
-  maps.key = encode(folded.key, problem.type, chunk, schedule.key_box);
-  maps.value = encode(folded.value, problem.type, chunk, schedule.key_box);
-  maps.out = encode(folded.out, problem.type, chunk, schedule.warpgroup_box);
+  encode(folded.query, problem.type, chunk, schedule.warpgroup_box, maps.query);
+  encode(folded.key, problem.type, chunk, schedule.key_box, maps.key);
+  encode(folded.value, problem.type, chunk, schedule.key_box, maps.value);
+  encode(folded.out, problem.type, chunk, schedule.warpgroup_box, maps.out);
   if (problem.additional > 0) {
-    maps.additional_key = encode(folded.additional_key, problem.type, chunk, additional_box);
-    maps.additional_value = encode(folded.additional_value, problem.type, chunk, additional_box);
+    encode(folded.additional_key, problem.type, chunk, additional_box, maps.additional_key);
+    encode(folded.additional_value, problem.type, chunk, additional_box, maps.additional_value);
   }
 
   allow_shared_memory(kernel, variant, problem.type, device);
   void* kernel_arguments[] = {&maps, &parameters};
   const int grid = std::min(parameters.tiles, multiprocessors * schedule.blocks);
-  check(cudaLaunchKernel(kernel.function, dim3(grid), dim3(kernel.threads), kernel_arguments, kernel.shared_bytes,
-                         static_cast<cudaStream_t>(stream)));
+  check_cuda(cudaLaunchKernel(kernel.function, dim3(grid), dim3(kernel.threads), kernel_arguments, kernel.shared_bytes,
+                              static_cast<cudaStream_t>(stream)),
+             kName);
 }
 
 void backward(const BackwardArguments&, void*) {

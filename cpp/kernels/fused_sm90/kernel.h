@@ -10,10 +10,10 @@
 namespace natten::fused_sm90 {
 
 template <class Config>
-__device__ __forceinline__ void init_barriers(SharedStorage<Config>& shared) {
+__device__ __forceinline__ void init_barriers(const Parameters& p, SharedStorage<Config>& shared) {
   constexpr int kConsumerWarps = 4 * Config::kWarpgroups;
   for (int i = 0; i < Config::kStages; ++i) {
-    ptx::barrier_init(shared.key_full[i], 1);
+    ptx::barrier_init(shared.key_full[i], p.bias ? 2 : 1);  // the loader, and the writer of masks
     ptx::barrier_init(shared.value_full[i], 1);
     ptx::barrier_init(shared.key_empty[i], kConsumerWarps);
     ptx::barrier_init(shared.value_empty[i], kConsumerWarps);
@@ -33,7 +33,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Config>& shared) {
 
 // Maps of one call.
 struct Maps {
-  CUtensorMap query, key, value, additional_key, additional_value, out;
+  CUtensorMap query[kGroupShapes], key[kGroupShapes], value[kGroupShapes], out[kGroupShapes];
+  CUtensorMap additional_key[kGroupShapes], additional_value[kGroupShapes];  // shape 0 only
 };
 
 template <class Config>
@@ -42,7 +43,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   static_assert(sizeof(SharedStorage<Config>) <= Config::kBlockBytes);
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   SharedStorage<Config>& shared = *reinterpret_cast<SharedStorage<Config>*>(shared_bytes);
-  if (threadIdx.x == 0) init_barriers(shared);
+  if (threadIdx.x == 0) init_barriers(parameters, shared);
+  if constexpr (Config::kMasksByBias) {
+    if (parameters.bias && threadIdx.x < kQueries) {
+      write_query_slots(parameters, shared, threadIdx.x);
+      ptx::fence_async_shared();
+    }
+  }
   __syncthreads();
 
   const int warpgroup = static_cast<int>(uniform(threadIdx.x / 128));
@@ -52,9 +59,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   } else {
     ptx::register_release<Config::kProducerRegisters>();
     switch (threadIdx.x / 32 % 4) {
-      case 0: load_boxes<Config, true>(parameters, maps.key, maps.additional_key, shared); break;
+      case 0: load_boxes<Config, true>(parameters, maps.key, maps.additional_key[0], shared); break;
       case 1: load_queries(parameters, maps.query, shared); break;
-      case 2: load_boxes<Config, false>(parameters, maps.value, maps.additional_value, shared); break;
+      case 2: load_boxes<Config, false>(parameters, maps.value, maps.additional_value[0], shared); break;
       default: schedule_tiles(parameters, shared);
     }
   }

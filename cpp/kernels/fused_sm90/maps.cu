@@ -14,7 +14,7 @@ const char* fold(const TensorView& tensor, int64_t batch, int heads, int channel
   if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) return "a tensor is not aligned to 16 bytes";
   FoldedTensor& f = *folded;
   f.channels = channels;
-  int64_t common = 0, furthest = 0, back = 0;
+  int64_t common = 0, furthest = 0;
   auto take = [&](int64_t stride, int64_t steps) {
     if (steps == 0) return;
     common = std::gcd(common, stride);
@@ -24,11 +24,10 @@ const char* fold(const TensorView& tensor, int64_t batch, int heads, int channel
   take(tensor.head_stride, heads - 1);
   for (int a = 0; a < kAxes; ++a) {
     const int d = dilation[a];
-    const bool ragged = length[a] % d != 0;
     f.length[a] = ceil_div(length[a], d);
+    f.ragged[a] = length[a] % d != 0;
     f.position_stride[a] = f.length[a] > 1 ? tensor.axis_stride[a] * d : kElementsPer16Bytes;
-    if (d > 1) take(tensor.axis_stride[a], (d - 1) + (ragged ? d : 0));
-    if (ragged && d > 1) back += tensor.axis_stride[a] * d;
+    if (d > 1) take(tensor.axis_stride[a], d - 1);
     if (f.position_stride[a] <= 0 || f.position_stride[a] % kElementsPer16Bytes != 0 || f.position_stride[a] >= kMaxStride) {
       return "the stride of an axis is not a positive multiple of 16 bytes";
     }
@@ -39,7 +38,7 @@ const char* fold(const TensorView& tensor, int64_t batch, int heads, int channel
   }
   f.fold_size = furthest / f.fold_stride + 1;
   if (furthest < 0 || f.fold_size > INT32_MAX) return "heads, batch and dilation groups span more than 2^31 strides";
-  f.base = static_cast<char*>(tensor.data) - 2 * back;
+  f.base = tensor.data;
   f.units.batch = batch > 1 ? static_cast<int>(tensor.batch_stride / f.fold_stride) : 0;
   f.units.head = heads > 1 ? static_cast<int>(tensor.head_stride / f.fold_stride) : 0;
   for (int a = 0; a < kAxes; ++a) {
@@ -68,11 +67,9 @@ EncodeTiled find_encode_tiled() {
 
 }  // namespace
 
-CUtensorMap encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes]) {
+void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes],
+            CUtensorMap (&maps)[kGroupShapes]) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
-  const cuuint64_t size[5] = {static_cast<cuuint64_t>(tensor.channels), static_cast<cuuint64_t>(tensor.fold_size),
-                              static_cast<cuuint64_t>(tensor.length[2]), static_cast<cuuint64_t>(tensor.length[1]),
-                              static_cast<cuuint64_t>(tensor.length[0])};
   const cuuint64_t stride_bytes[4] = {2 * static_cast<cuuint64_t>(tensor.fold_stride),
                                       2 * static_cast<cuuint64_t>(tensor.position_stride[2]),
                                       2 * static_cast<cuuint64_t>(tensor.position_stride[1]),
@@ -80,17 +77,28 @@ CUtensorMap encode(const FoldedTensor& tensor, ScalarType type, int chunk_channe
   const cuuint32_t box_size[5] = {static_cast<cuuint32_t>(chunk_channels), 1, static_cast<cuuint32_t>(box[2]),
                                   static_cast<cuuint32_t>(box[1]), static_cast<cuuint32_t>(box[0])};
   const cuuint32_t element_stride[5] = {1, 1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode_tiled(
-      &map, type == ScalarType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-      tensor.base, size, stride_bytes, box_size, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      chunk_channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      chunk_channels == 64 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("natten: cuTensorMapEncodeTiled failed with " + std::to_string(static_cast<int>(result)));
+  const bool wide = chunk_channels == 64;
+  for (int shape = 0; shape < kGroupShapes; ++shape) {
+    cuuint64_t length[kAxes];
+    bool exists = true;
+    for (int a = 0; a < kAxes; ++a) {
+      const int shorter = shape >> a & 1;
+      exists = exists && (!shorter || (tensor.ragged[a] && tensor.length[a] > 1));
+      length[a] = static_cast<cuuint64_t>(tensor.length[a] - shorter);
+    }
+    if (!exists) continue;
+    const cuuint64_t size[5] = {static_cast<cuuint64_t>(tensor.channels), static_cast<cuuint64_t>(tensor.fold_size),
+                                length[2], length[1], length[0]};
+    const CUresult result = encode_tiled(
+        &maps[shape], type == ScalarType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        5, tensor.base, size, stride_bytes, box_size, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS) {
+      throw std::runtime_error("natten: cuTensorMapEncodeTiled failed with " + std::to_string(static_cast<int>(result)));
+    }
   }
-  return map;
 }
 
 }  // namespace natten::fused_sm90

@@ -4,10 +4,10 @@
 // the z, y, x positions of one dilation group. `fold` carries head, batch item and dilation group at once: a dimension
 // whose stride divides all of theirs, so each is a multiple of one coordinate. Boxes have extent 1 along it.
 //
-// Groups of a dilated axis differ in length by at most one, and a map must claim no position beyond a group's end: the
-// copy engine must deliver zeros there, not a neighbour's values. Boxes never reach before a group's begin, only
-// beyond its end, so positions of the shorter groups are shifted by one: all groups end at the same coordinate. For
-// that the base address moves back by one position where lengths differ, and longer groups move forward again in fold.
+// A map must claim no position beyond a group's end: the copy engine has to deliver zeros there, not a neighbour's
+// values (a masked NaN still poisons P V). Groups of a dilated axis differ in length by at most one, so a tensor has one
+// map for each combination of longer and shorter axes. (Shifting the shorter groups by one position would need only one
+// map, based one position before the tensor; the copy engine faults if nothing is mapped there.)
 #pragma once
 
 #include <cuda.h>
@@ -23,7 +23,8 @@ struct FoldedTensor {
   int channels;
   int64_t fold_stride, fold_size;
   int64_t position_stride[kAxes];  // elements
-  int length[kAxes];               // positions of the longest group
+  int length[kAxes];               // positions of the longer groups
+  bool ragged[kAxes];              // the other groups have one position less
   FoldUnits units;
 };
 
@@ -32,7 +33,9 @@ struct FoldedTensor {
 const char* fold(const TensorView& tensor, int64_t batch, int heads, int channels, const int (&length)[kAxes],
                  const int (&dilation)[kAxes], FoldedTensor* folded);
 
+// Fills the maps that the tensor's groups need: maps[i] for groups that are shorter along the axes in bit mask i.
 // Throws std::runtime_error if the driver refuses.
-CUtensorMap encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes]);
+void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes],
+            CUtensorMap (&maps)[kGroupShapes]);
 
 }  // namespace natten::fused_sm90

@@ -40,9 +40,7 @@ struct MaskBits {
   }
 };
 
-// kKeep: the bits of y and z are kept from box to box, which come x fastest; otherwise remade, which takes seven
-// registers less.
-template <bool kKeep>
+// The bits of y and z are kept from box to box, which come x fastest.
 class Mask {
  public:
   // `warpgroup` and thread fix which queries the two rows are.
@@ -69,7 +67,7 @@ class Mask {
       for (int c = 0; c < 2; ++c) bits.inside[0][c] = bits.inside[1][c] = bit_range(0, (box.z - column - c) >> 3);
       return bits;
     }
-    if (!kKeep || !known_ || box.y != y_ || box.z != z_) {
+    if (!known_ || box.y != y_ || box.z != z_) {
       known_ = true;
       y_ = box.y;
       z_ = box.z;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "tile/divisor.h"
 #include "window/axis.h"
 
 namespace natten::fused_sm90 {
@@ -11,6 +12,9 @@ namespace natten::fused_sm90 {
 struct FoldUnits {
   int axis[kAxes], head, batch;
 };
+
+// Dilation groups of a tensor come in up to this many shapes: along each axis, longer or shorter by one position.
+constexpr int kGroupShapes = 8;
 
 // A tile's index is a mixed-radix number: z, y, x of the tile, z, y, x of the dilation group, query head, batch item.
 constexpr int kDigits = 8;
@@ -23,7 +27,7 @@ struct Parameters {
   int key_box[kAxes];        // keys of a step; the innermost extent is a multiple of 8
   int log2_z, log2_y;        // of warpgroup_box
   int pair_axis;
-  int digit_radix[kDigits], digit_weight[kDigits];
+  Divisor digit_radix[kDigits], digit_weight[kDigits];
   int tiles;
   int head_group;  // query heads per key/value head
 
@@ -36,6 +40,11 @@ struct Parameters {
   int row_columns, plane_columns;
   uint32_t repeat_rows, repeat_planes;
 
+  // Masks by tensor core (bias.h), where the boxes allow it.
+  int bias;
+  int first_slot_y;
+
+  float lowest;      // score below all scores: what running maxima start from
   float scale_log2;  // scale * log2(e)
   float slack;       // growth of the running maximum that is tolerated without rescaling
 

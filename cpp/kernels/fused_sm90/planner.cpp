@@ -68,16 +68,17 @@ class AxisCounts {
 struct StepCost {
   double full, partial, step_latency, tile_latency;
 };
-StepCost step_cost(const Variant& v) {
+StepCost step_cost(const Variant& v, bool bias) {
   const double product = v.keys * v.head_dim / 16.0;
   const double exponentials = v.keys * 4.6;  // 16 exp2 per cycle: 4 per key and row of 64, plus the rest of softmax
   const double efficiency = v.keys == 128 ? 0.90 : 0.85;
   const double full = std::max(product / efficiency, exponentials);
-  const double mask = v.keys * 1.2 + 25;
+  const double mask = bias ? v.keys + 16 : v.keys * 1.2 + 25;
   return {full, full + mask, 300 + 1.6 * full, 2500};
 }
 
-double cost(const Problem& problem, int multiprocessors, const Variant& v, const AxisCount (&axis)[kAxes], double copies) {
+double cost(const Problem& problem, int multiprocessors, const Variant& v, bool bias, int pair_axis,
+            const AxisCount (&axis)[kAxes], double copies) {
   double tiles = copies, needed = copies, full = copies, loaded = copies;
   for (const AxisCount& a : axis) {
     tiles *= a.tiles;
@@ -85,14 +86,35 @@ double cost(const Problem& problem, int multiprocessors, const Variant& v, const
     full *= a.full;
     loaded *= a.loaded;
   }
-  const StepCost step = step_cost(v);
+  const StepCost step = step_cost(v, bias);
   const double additional = static_cast<double>(ceil_div(static_cast<int>(problem.additional), v.keys));
   const double throughput = full * step.full + (needed - full) * step.partial + tiles * v.warpgroups * additional * step.full;
+  // Boxes that some warpgroups skip leave the others alone with the tensor cores, for whole runs of boxes if the
+  // warpgroups lie along the slowest axis.
+  const double idle = loaded * v.warpgroups / std::max(needed, 1.0) - 1;
+  const double imbalance = 1 + idle * (pair_axis == 2 ? 0.4 : 0.15);
   const double latency = (loaded + tiles * additional) * step.step_latency + tiles * step.tile_latency;
   // The last wave is rarely full.
   const double waves = tiles / (static_cast<double>(multiprocessors) * v.blocks);
   const double whole_waves = std::max(1.0, waves < 8 ? static_cast<double>(static_cast<int64_t>(waves + 0.999999)) : waves + 0.3);
-  return std::max(throughput, latency / v.blocks) / std::max(waves, 1e-9) * whole_waves;
+  return std::max(throughput * imbalance, latency / v.blocks) / std::max(waves, 1e-9) * whole_waves;
+}
+
+// Few enough query coordinates for the slots, key coordinates for the table of vectors, and enough boxes to a tile for
+// the table to pay.
+bool bias_fits(const Group (&group)[kAxes], const Variant& v, const Schedule& s) {
+  constexpr int kLeastBoxes = 16;
+  const int* box = s.warpgroup_box;
+  const int slots_x = box[0] > 1 ? box[0] : 0, slots_y = box[1] > 1 ? box[1] : 0;
+  if (!masks_by_bias(v) || box[2] > 8 || slots_x + slots_y > 8) return false;
+  int vectors = 0, boxes = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    const int copies = a == s.pair_axis ? s.warpgroups : 1;
+    const int keys = std::min(group[a].kernel_size + box[a] * copies + group[a].stride, group[a].kv_count);
+    vectors += ceil_div(keys, s.key_box[a]) * s.key_box[a] * copies;
+    boxes *= ceil_div(keys, s.key_box[a]);
+  }
+  return vectors <= kKeyVectors && boxes >= kLeastBoxes;
 }
 
 bool fits(int extent, int length) { return extent == 1 || extent < 2 * length; }
@@ -118,18 +140,17 @@ void for_each_key_box(const Group (&group)[kAxes], int keys, Function f) {
   }
 }
 
+// The dilation group of the first query along each axis, which has most queries, stands for all.
+void longest_groups(const Problem& problem, Group (&group)[kAxes]) {
+  for (int a = 0; a < kAxes; ++a) group[a] = make_group(problem.axis[a], problem.axis[a].q_start % problem.axis[a].dilation);
+}
+
 Schedule search(const Problem& problem, int multiprocessors) {
   const int head_dim = head_dim_class(std::max(problem.head_dim, problem.head_dim_v));
   Group group[kAxes];
+  longest_groups(problem, group);
   double copies = static_cast<double>(problem.batch) * problem.heads;
-  for (int a = 0; a < kAxes; ++a) {
-    // The longest group stands for all.
-    for (int g = 0; g < problem.axis[a].dilation; ++g) {
-      const Group candidate = make_group(problem.axis[a], g);
-      if (g == 0 || candidate.q_count > group[a].q_count) group[a] = candidate;
-    }
-    copies *= problem.axis[a].dilation;
-  }
+  for (const Axis& axis : problem.axis) copies *= axis.dilation;
   AxisCounts counts[kAxes] = {AxisCounts(group[0]), AxisCounts(group[1]), AxisCounts(group[2])};
   Schedule best{};
   double best_cost = -1;
@@ -141,12 +162,14 @@ Schedule search(const Problem& problem, int multiprocessors) {
         const int key[kAxes] = {kx, ky, kz};
         for (int pair = 0; pair < kAxes; ++pair) {
           if (pair < 2 && group[pair].q_count <= query[pair]) continue;
+          const Schedule schedule = {v.keys, v.warpgroups, v.blocks, {qx, qy, qz}, {kx, ky, kz}, pair};
+          const bool bias = bias_fits(group, v, schedule);
           AxisCount axis[kAxes];
           for (int a = 0; a < kAxes; ++a) axis[a] = counts[a](query[a], a == pair ? v.warpgroups : 1, key[a]);
-          const double c = cost(problem, multiprocessors, v, axis, copies);
+          const double c = cost(problem, multiprocessors, v, bias, pair, axis, copies);
           if (best_cost >= 0 && c >= best_cost) continue;
           best_cost = c;
-          best = {v.keys, v.warpgroups, v.blocks, {qx, qy, qz}, {kx, ky, kz}, pair};
+          best = schedule;
         }
       });
     });
@@ -179,6 +202,13 @@ struct Geometry {
 };
 
 }  // namespace
+
+bool masks_by_bias(const Problem& problem, const Schedule& schedule) {
+  Group group[kAxes];
+  longest_groups(problem, group);
+  const int head_dim = head_dim_class(std::max(problem.head_dim, problem.head_dim_v));
+  return bias_fits(group, kVariants[variant_index(head_dim, schedule)], schedule);
+}
 
 int variant_index(int head_dim, const Schedule& schedule) {
   const Variant wanted = {head_dim, schedule.keys, schedule.warpgroups, schedule.blocks};

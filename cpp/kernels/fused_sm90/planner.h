@@ -18,6 +18,9 @@ constexpr int kScheduleValues = 10;
 // Throws std::invalid_argument for a plan that no kernel can run.
 Schedule choose_schedule(const Problem& problem, int multiprocessors);
 
+// Whether the tensor cores can mask this schedule's boxes (bias.h).
+bool masks_by_bias(const Problem& problem, const Schedule& schedule);
+
 // Position in kVariants, or -1.
 int variant_index(int head_dim, const Schedule& schedule);
 
