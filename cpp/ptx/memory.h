@@ -28,12 +28,6 @@ __device__ __forceinline__ void cp_async_8(uint32_t destination, const void* sou
                : "memory");
 }
 
-// The same through L1, of the first `bytes` (0 to 16); the others become zeros.
-__device__ __forceinline__ void cp_async_16_head(uint32_t destination, const void* source, int bytes) {
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(destination), "l"(source), "r"(bytes)
-               : "memory");
-}
-
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most kPending of the groups that this thread committed are still under way.

@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kChannels / 8][4]
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : P::kSplit ? 2 : 3)
     av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;

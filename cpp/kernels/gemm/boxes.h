@@ -130,22 +130,26 @@ __device__ __forceinline__ void load_box(char* slices, const char* first_token, 
   Mask mask{{~0u, ~0u}};
 #pragma unroll
   for (int a = 0; a < kAxes; ++a) {
+    if (a < plan.first_axis) continue;
     const Mask& below = tokens.below[a][min_int(max_int(region[a].end - origin[a], 0), plan.box(a))];
     mask.half[0] &= below.half[0];
     mask.half[1] &= below.half[1];
   }
+  // An mma takes two chunks of channels at a time: the second of an odd pair must be zero, later ones are never read.
+  const int needed_chunks = (chunks + 1) / 2 * 2;
+  const char* source_chunk = first_token + (first_chunk + chunk) * 16;
   const uint32_t target = ptx::shared_address(slices);
 #pragma unroll
   for (int i = 0; i < kTokens / (kThreads / 8); ++i) {
     const int row = threadIdx.x / 8 + i * (kThreads / 8);
     const bool valid = mask.half[i * (kThreads / 8) / 32] >> row % 32 & 1;
-    const char* token = first_token + (valid ? source.token_bytes[row] : 0);
+    const char* token = source_chunk + source.token_bytes[row];
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       const int c = first_chunk + s * 8 + chunk;
-      // An mma takes two chunks of channels at a time: the second of an odd pair must be zero, later ones are never read.
-      if (c >= (chunks + 1) / 2 * 2) continue;
-      ptx::cp_async_16(target + s * kTileBytes + Slice::offset(row, chunk), token + c * 16, valid && c < chunks);
+      if (c >= needed_chunks) continue;
+      ptx::cp_async_16(target + s * kTileBytes + Slice::offset(row, chunk), token + s * kSliceBytes,
+                       valid && c < chunks);
     }
   }
 }
@@ -169,7 +173,9 @@ struct QueryTile {
     const int row = threadIdx.x / 2, half = threadIdx.x % 2;
     uint32_t mask = ~0u;
 #pragma unroll
-    for (int a = 0; a < kAxes; ++a) mask &= box.inside(plan, a, origin[a], begin[a][row], end[a][row], half);
+    for (int a = 0; a < kAxes; ++a) {
+      if (a >= plan.first_axis) mask &= box.inside(plan, a, origin[a], begin[a][row], end[a][row], half);
+    }
     attended[parity][row].half[half] = mask;
   }
 };

@@ -1,31 +1,24 @@
 // out[j] = scale * sum over the queries i that see key j of attention[i, j - begin(i)] input[i], summed over the query heads
-// of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. Every weight is read by one
-// block only. Of a query's weights, those of the tile's keys are one piece per row of keys along the last axis.
+// of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. The weights of a box are
+// gathered into a dense, zero-filled matrix in shared memory; every weight is read by one block only.
 #pragma once
 
 #include "kernels/gemm/av.h"
 
 namespace natten::gemm {
 
-constexpr int kMostRows = kTokens / kRun;  // of keys along the last axis in a tile
-
-// A query of a box, as a key tile sees it.
-struct SeeingQuery {
-  Mask seen;              // keys of the tile inside its window
-  int64_t weights_bytes;  // where the weight of a key at the tile's origin lies
-  short first, last;      // seen keys of a row: coordinates [first, last) along the last axis
-};
-
 struct KeyTile {
   TokenTile tile;
   Range needed[kAxes];             // positions of the queries that see some of the keys
   int origin[kAxes];               // position of the tile's first key
   Mask below[kAxes][kTokens + 1];  // keys of the tile whose coordinate on the axis is below v
-  int row_bytes[kMostRows];        // weights from the origin to the first key of a row of keys
+  int weight[kTokens];             // of a key: its slot in the window of a query whose window begins at `origin`
   int64_t out[kTokens];            // element offset of the key's sum; -1: no such key
   BoxTokens box;                   // of queries
   BoxSource inputs, attention;
-  SeeingQuery queries[3][kTokens];  // of the box being multiplied, the one before and the one after
+  // Of the current box's queries: the keys that each sees, and where the weight of a key at `origin` lies.
+  Mask seen[kTokens];
+  int64_t weights_bytes[kTokens];
 };
 
 // By the whole block; synchronises. False if the tile is empty.
@@ -55,20 +48,18 @@ __device__ inline bool make_key_tile(KeyTile& keys, const UnfusedArguments& args
     }
     width *= extent;
   }
-  if (threadIdx.x < kTokens >> plan.grid.tile_log2[2]) {
-    const int row = threadIdx.x, y = row & (plan.grid.tile(1) - 1), x = row >> plan.grid.tile_log2[1];
-    keys.row_bytes[row] = (x * args.slots[1] + y) * args.slots[2] * element_bytes;
-  }
   if (threadIdx.x < kTokens) {
-    int position[kAxes];
+    const int row = threadIdx.x;
+    int position[kAxes], coordinate[kAxes];
     bool exists = true;
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      const int coordinate = plan.grid.coordinate(threadIdx.x, a);
-      exists = exists && coordinate < tile.count[a];
-      position[a] = tile.group[a].kv_position + tile.first[a] + coordinate;
+      coordinate[a] = plan.grid.coordinate(row, a);
+      exists = exists && coordinate[a] < tile.count[a];
+      position[a] = tile.group[a].kv_position + tile.first[a] + coordinate[a];
     }
-    keys.out[threadIdx.x] = exists ? token_offset(tile, problem, args.c, Side::keys, position) : -1;
+    keys.weight[row] = (coordinate[0] * args.slots[1] + coordinate[1]) * args.slots[2] + coordinate[2];
+    keys.out[row] = exists ? token_offset(tile, problem, args.c, Side::keys, position) : -1;
   }
   __syncthreads();
   make_box_source(keys.inputs, tile, plan, problem, args.b, Side::queries, element_bytes, keys.needed);
@@ -77,76 +68,37 @@ __device__ inline bool make_key_tile(KeyTile& keys, const UnfusedArguments& args
   return true;
 }
 
-// Describes the queries of the box at walk.origin, two threads a query; the caller synchronises.
-__device__ __forceinline__ void find_seen(KeyTile& keys, int buffer, const UnfusedArguments& args, const Plan& plan,
+// Fills `seen` and `weights_bytes` for the box of queries at `origin`, two threads a query; the caller synchronises.
+__device__ __forceinline__ void find_seen(KeyTile& keys, const UnfusedArguments& args, const Plan& plan,
                                           const Walk& walk, int element_bytes) {
   const int row = threadIdx.x / 2, half = threadIdx.x % 2;
-  SeeingQuery& query = keys.queries[buffer][row];
   int64_t weights = 0;
   bool exists = row < plan.box_tokens();
   uint32_t seen = ~0u;
-  int low = 0, high = 0;
 #pragma unroll
   for (int a = 0; a < kAxes; ++a) {
+    if (a < plan.first_axis) continue;
     const int position = walk.origin[a] + box_coordinate(plan, row, a);
     exists = exists && position < walk.end[a];
     const Range range = window(keys.tile.group[a], position);
-    low = min_int(max_int(range.begin - keys.origin[a], 0), plan.grid.tile(a));
-    high = min_int(max_int(range.end - keys.origin[a], low), plan.grid.tile(a));
+    const int low = min_int(max_int(range.begin - keys.origin[a], 0), plan.grid.tile(a));
+    const int high = min_int(max_int(range.end - keys.origin[a], low), plan.grid.tile(a));
     seen &= keys.below[a][high].half[half] ^ keys.below[a][low].half[half];
     weights = weights * args.slots[a] + (keys.origin[a] - range.begin);
   }
-  query.seen.half[half] = exists ? seen : 0;
+  keys.seen[row].half[half] = exists ? seen : 0;
   if (half == 0) {
-    query.weights_bytes = weights * element_bytes + keys.attention.offset_bytes(walk.origin, walk.begin) +
-                          keys.attention.token_bytes[row];
-  } else {
-    query.first = short(low);
-    query.last = short(min_int(high, keys.tile.count[2]));
-  }
-}
-
-// A piece keeps its address modulo 16, so it takes 16 bytes more than its weights. Rows of pieces, one per query, are
-// spread so that the queries of a quad fall into different banks.
-__host__ __device__ constexpr int piece_pitch(int row_keys, int element_bytes) { return row_keys * element_bytes + 16; }
-__host__ __device__ constexpr int query_pitch(int row_keys, int element_bytes) {
-  return (kTokens / row_keys * piece_pitch(row_keys, element_bytes) + 47) / 64 * 64 + 16;
-}
-
-// Starts copying the pieces of a box's queries. Eight lanes share a query; neighbours take neighbouring chunks.
-__device__ __forceinline__ void load_pieces(char* pieces, const char* attention, const KeyTile& keys, int buffer,
-                                            const Plan& plan, int element_bytes) {
-  constexpr int kLanes = 8;
-  const int row_keys = plan.grid.tile(2), rows = kTokens >> plan.grid.tile_log2[2];
-  const int pitch = piece_pitch(row_keys, element_bytes), chunks = pitch / 16;
-  const int lane = threadIdx.x % kLanes;
-#pragma unroll
-  for (int i = 0; i < kTokens / (kThreads / kLanes); ++i) {
-    const int q = threadIdx.x / kLanes + i * (kThreads / kLanes);
-    const SeeingQuery& query = keys.queries[buffer][q];
-    if ((query.seen.half[0] | query.seen.half[1]) == 0) continue;
-    const int begin = query.first * element_bytes, end = query.last * element_bytes;
-    const uint32_t target = ptx::shared_address(pieces) + q * query_pitch(row_keys, element_bytes);
-    int row = 0, chunk = lane;
-    while (chunk >= chunks) chunk -= chunks, ++row;
-    while (row < rows) {
-      const int first_key = row * row_keys + query.first;
-      const int64_t piece = query.weights_bytes + keys.row_bytes[row];
-      const int at = chunk * 16 - int(reinterpret_cast<uintptr_t>(attention + piece) % 16);
-      if ((query.seen.half[first_key / 32] >> first_key % 32 & 1) && at < end && at + 16 > begin) {
-        ptx::cp_async_16_head(target + row * pitch + chunk * 16, attention + piece + at, min_int(end - at, 16));
-      }
-      chunk += kLanes;
-      while (chunk >= chunks) chunk -= chunks, ++row;
-    }
+    keys.weights_bytes[row] = weights * element_bytes + keys.attention.offset_bytes(walk.origin, walk.begin) +
+                              keys.attention.token_bytes[row];
   }
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
     inverse_av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;
+  constexpr int kWeightBytes = kTokens / (kSliceBytes / int(sizeof(T))) * kTileBytes;
   extern __shared__ __align__(128) char shared_bytes[];
   __shared__ KeyTile keys;
   const Problem& problem = args.problem;
@@ -156,37 +108,37 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
   const int first_channel = channel_block * kChannels;
   const int channels = min_int(problem.head_dim - first_channel, kChannels);
   const int chunks = channels * int(sizeof(T)) / 16;
-  const int row_keys = plan.grid.tile(2);
-  const int pitch = query_pitch(row_keys, sizeof(T));
-  char* input_stages = shared_bytes;
-  char* piece_stages = input_stages + 2 * kStageBytes;
+  char* dense = shared_bytes;  // [64 queries, 64 keys]
+  char* input_stages = dense + kWeightBytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  const char* attention = reinterpret_cast<const char*>(static_cast<const T*>(args.a.data) +
-                                                        tile.batch * args.a.batch_stride);
+  // A thread gathers the weights of one key for every other query.
+  constexpr int kGathered = kTokens * kTokens / kThreads;
+  const int key = threadIdx.x % kTokens, first_query = threadIdx.x / kTokens;
+  T gathered[kGathered];
+  const char* key_weights = reinterpret_cast<const char*>(static_cast<const T*>(args.a.data) +
+                                                          tile.batch * args.a.batch_stride + keys.weight[key]);
   const char* input = static_cast<const char*>(args.b.data) +
                       (tile.batch * args.b.batch_stride + first_channel) * int64_t(sizeof(T));
+
   Walk walk;
   walk.start(keys.needed);
-  const auto load_next = [&](int head, int stage, int buffer) {
+  const auto load_next = [&](int head, int stage) {
     const int64_t source = head * args.b.head_stride * int64_t(sizeof(T)) +
                            keys.inputs.offset_bytes(walk.origin, walk.begin);
     load_box<kSlices<P, kChannels>>(input_stages + stage * kStageBytes, input + source, keys.inputs, keys.box, plan,
                                     walk.origin, keys.needed, 0, chunks);
-    load_pieces(piece_stages + stage * kTokens * pitch, attention + head * args.a.head_stride * int64_t(sizeof(T)),
-                keys, buffer, plan, sizeof(T));
     ptx::cp_async_commit();
-  };
-
-  // The two keys of this thread: where their weights lie among a query's pieces, but for the pieces' alignment.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-  const int own_key[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-  int key_offset[2], key_row_bytes[2];
+    const char* head_weights = key_weights + head * args.a.head_stride * int64_t(sizeof(T));
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = own_key[r] >> plan.grid.tile_log2[2];
-    key_offset[r] = row * piece_pitch(row_keys, sizeof(T)) + (own_key[r] & (row_keys - 1)) * int(sizeof(T));
-    key_row_bytes[r] = keys.row_bytes[row];
-  }
+    for (int i = 0; i < kGathered; ++i) {
+      const int query = first_query + i * (kThreads / kTokens);
+      const bool seen = keys.seen[query].half[key / 32] >> key % 32 & 1;
+      gathered[i] = seen ? *reinterpret_cast<const T*>(head_weights + keys.weights_bytes[query]) : narrow<T>(0);
+      // Few addresses at a time: all at once, they would not fit the registers.
+      if (i % 8 == 7) asm volatile("" ::: "memory");
+    }
+  };
 
   float sums[kChannels / 8][4] = {};
   const int group_heads = problem.heads / problem.heads_kv;
@@ -194,53 +146,34 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
   const int last_head = head + group_heads - 1;
   bool more = keys.needed[0].size() > 0 && keys.needed[1].size() > 0 && keys.needed[2].size() > 0;
   if (more) {
-    find_seen(keys, 0, args, plan, walk, sizeof(T));
+    find_seen(keys, args, plan, walk, sizeof(T));
     __syncthreads();
-    load_next(head, 0, 0);
+    load_next(head, 0);
   }
-  int stage = 0, buffer = 0;
-  while (more) {
-    const int next_buffer = buffer == 2 ? 0 : buffer + 1;
-    // The alignment of the pieces loaded for this head.
-    const int head_alignment =
-        int((reinterpret_cast<uintptr_t>(attention) + head * args.a.head_stride * int64_t(sizeof(T))) % 16);
+  for (int parity = 0; more; parity ^= 1) {
+    // Which 16 queries have a weight for this warp's 16 keys.
+    const uint32_t warp_keys = 0xffffu << warp % 2 * 16;
+    const unsigned seeing[2] = {__ballot_sync(~0u, (keys.seen[lane].half[warp / 2] & warp_keys) != 0),
+                                __ballot_sync(~0u, (keys.seen[lane + 32].half[warp / 2] & warp_keys) != 0)};
+    __syncthreads();  // everyone is done with the dense matrix and with `seen`
+#pragma unroll
+    for (int i = 0; i < kGathered; ++i) {
+      const int query = first_query + i * (kThreads / kTokens);
+      *reinterpret_cast<T*>(dense + slice_offset<T>(query, key)) = gathered[i];
+    }
     int turned;
     if (!walk.next(plan, turned)) more = ++head <= last_head;
-    if (more) find_seen(keys, next_buffer, args, plan, walk, sizeof(T));
+    if (more) find_seen(keys, args, plan, walk, sizeof(T));
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (more) load_next(head, stage ^ 1, next_buffer);
+    if (more) load_next(head, parity ^ 1);
 
-    const SeeingQuery* queries = keys.queries[buffer];
-    const char* pieces = piece_stages + stage * kTokens * pitch;
-    const char* inputs = input_stages + stage * kStageBytes;
-    // Which queries have a weight for this warp's 16 keys.
-    const uint32_t warp_keys = 0xffffu << warp % 2 * 16;
-    const unsigned seeing[2] = {__ballot_sync(~0u, (queries[lane].seen.half[warp / 2] & warp_keys) != 0),
-                                __ballot_sync(~0u, (queries[lane + 32].seen.half[warp / 2] & warp_keys) != 0)};
-    // Weight of query q for this thread's key r; zero if it does not see it, whatever its piece holds.
-    const auto weight = [&](int q, int r) {
-      const SeeingQuery& query = queries[q];
-      const int shift = (int(query.weights_bytes) + key_row_bytes[r] + head_alignment) & 15;
-      const bool seen = query.seen.half[warp / 2] >> own_key[r] % 32 & 1;
-      return seen ? *reinterpret_cast<const T*>(pieces + q * pitch + key_offset[r] + shift) : narrow<T>(0);
-    };
+    const char* inputs = input_stages + parity * kStageBytes;
 #pragma unroll
     for (int k = 0; k < kTokens / kDepth<P>; ++k) {
-      constexpr uint32_t kSome = (1 << kDepth<P>)-1;
-      if ((seeing[k * kDepth<P> / 32] >> k * kDepth<P> % 32 & kSome) == 0) continue;
+      if ((seeing[k * kDepth<P> / 32] >> k * kDepth<P> % 32 & ((1 << kDepth<P>)-1)) == 0) continue;
       uint32_t raw[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kIs16Bit<P>) {
-          const int q = kDepth<P> * k + i / 2 * 8 + 2 * quad;
-          const T pair[2] = {weight(q, i % 2), weight(q + 1, i % 2)};
-          raw[i] = uint32_t(reinterpret_cast<const uint16_t&>(pair[1])) << 16 |
-                   reinterpret_cast<const uint16_t&>(pair[0]);
-        } else {
-          raw[i] = __float_as_uint(weight(kDepth<P> * k + 2 * quad + i / 2, i % 2));
-        }
-      }
+      load_rows_transposed<P>(raw, dense, kDepth<P> * k, 16 * warp, lane);
       const Operand<P> a = make_operand<P>(raw);
 #pragma unroll
       for (int n = 0; n < kChannels / 16; ++n) {
@@ -250,11 +183,9 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : 3)
         multiply<P>(sums[2 * n + 1], a, b[2], b[3]);
       }
     }
-    stage ^= 1;
-    buffer = next_buffer;
   }
 
-  const int64_t out_offset[2] = {keys.out[own_key[0]], keys.out[own_key[1]]};
+  const int64_t out_offset[2] = {keys.out[warp * 16 + lane / 4], keys.out[warp * 16 + lane / 4 + 8]};
   T* out = static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride +
            first_channel;
   store_rows<P, kChannels>(sums, out, out_offset, channels, float(problem.scale));
@@ -265,24 +196,19 @@ void launch_inverse_av(const UnfusedArguments& args, cudaStream_t stream) {
   using T = typename P::Element;
   Plan plan = plan_key_tiles(args, sizeof(T));
   plan.channel_blocks = ceil_div(args.problem.head_dim, kChannels);
-  const int bytes = 2 * (kSlices<P, kChannels> * kTileBytes + kTokens * query_pitch(plan.grid.tile(2), sizeof(T)));
+  const int bytes = kTokens * kTokens * int(sizeof(T)) + 2 * kSlices<P, kChannels> * kTileBytes;
   allow_shared_memory(inverse_av_kernel<P, kChannels>, bytes, "gemm inverse_av");
   const unsigned blocks = grid_size(tile_count(args.problem, plan.grid) * plan.channel_blocks, "gemm inverse_av");
   inverse_av_kernel<P, kChannels><<<blocks, kThreads, bytes, stream>>>(args, plan);
   check_launch("gemm inverse_av");
 }
 
-// Longer heads are shared out over several blocks; shared memory holds less of 32-bit elements.
 template <class P>
 void inverse_av(const UnfusedArguments& args, cudaStream_t stream) {
   const int d = args.problem.head_dim;
-  if (d <= 32) {
-    launch_inverse_av<P, 32>(args, stream);
-  } else if (d <= 64 || !kIs16Bit<P>) {
-    launch_inverse_av<P, 64>(args, stream);
-  } else {
-    launch_inverse_av<P, 128>(args, stream);
-  }
+  d <= 32   ? launch_inverse_av<P, 32>(args, stream)
+  : d <= 64 ? launch_inverse_av<P, 64>(args, stream)
+            : launch_inverse_av<P, 128>(args, stream);
 }
 
 }  // namespace natten::gemm

@@ -25,6 +25,7 @@ constexpr int kGoodSharedBytes = 72 * 1024;
 
 struct Plan {
   TileGrid grid;
+  int first_axis;  // axes before it have extent 1: no mask depends on them
   int box_log2[kAxes];
   // Of each query's attention weights, qk and av hold one contiguous stretch ("slab") in shared memory at a time: those
   // of one box extent along `slab_axis` and of the whole window along later axes; of everything if slab_axis is -1.
@@ -72,7 +73,8 @@ void for_shapes(const Problem& problem, int box_tokens_log2, int innermost_log2,
 }
 
 // A caller's plan: extents of the tile, then of the box.
-inline bool read_shapes(const natten::Plan& given, Shapes& shapes) {
+inline bool read_shapes(const Problem& problem, Shapes& shapes) {
+  const natten::Plan& given = problem.plan;
   if (given.size == 0) return false;
   if (given.size != 6) throw std::invalid_argument("gemm: a plan is six extents: of the tile, of the box");
   int logs[6], sums[2] = {0, 0};
@@ -80,6 +82,9 @@ inline bool read_shapes(const natten::Plan& given, Shapes& shapes) {
     logs[i] = 0;
     while ((1 << logs[i]) < given.values[i]) ++logs[i];
     if ((1 << logs[i]) != given.values[i]) throw std::invalid_argument("gemm: extents of a plan are powers of two");
+    if (logs[i] > 0 && i % kAxes < kAxes - problem.rank) {
+      throw std::invalid_argument("gemm: leading axes of a plan have extent 1");
+    }
     sums[i / kAxes] += logs[i];
   }
   if (sums[0] != 6 || sums[1] > 6) throw std::invalid_argument("gemm: a tile has 64 tokens, a box at most 64");
@@ -108,6 +113,7 @@ inline bool plan_slab(const UnfusedArguments& args, const Shapes& shapes, int el
 
 inline void set_shapes(Plan& plan, const Problem& problem, Side side, const Shapes& shapes) {
   plan.grid = make_tile_grid(problem, side, shapes.tile_log2);
+  plan.first_axis = kAxes - problem.rank;
   for (int a = 0; a < kAxes; ++a) plan.box_log2[a] = shapes.box_log2[a];
 }
 
@@ -116,7 +122,7 @@ inline Plan plan_query_tiles(const UnfusedArguments& args, int element_bytes, in
   Plan plan{};
   plan.channel_blocks = 1;
   Shapes given;
-  if (read_shapes(args.problem.plan, given)) {
+  if (read_shapes(args.problem, given)) {
     if (given.box_log2[2] < 3) throw std::invalid_argument("gemm: the innermost extent of a box is a multiple of 8");
     if (!plan_slab(args, given, element_bytes, kMostSharedBytes - resident_bytes, plan)) {
       throw std::invalid_argument("gemm: the plan's box does not fit shared memory");
@@ -150,16 +156,14 @@ inline Plan plan_key_tiles(const UnfusedArguments& args, int element_bytes) {
   Plan plan{};
   plan.channel_blocks = 1;
   Shapes shapes;
-  if (!read_shapes(args.problem.plan, shapes)) {
+  if (!read_shapes(args.problem, shapes)) {
     double best = -1;
     for_shapes(args.problem, 6, 0, [&](const Shapes& candidate, double boxes) {
-      const double cost = boxes * (1 + 16.0 / (element_bytes << candidate.tile_log2[2]));
-      if (candidate.tile_log2[2] < 3 || (best >= 0 && cost >= best * 0.999)) return;
+      const double cost = boxes * (1 + 2.0 / (element_bytes << candidate.tile_log2[2]));
+      if (best >= 0 && cost >= best * 0.999) return;
       best = cost;
       shapes = candidate;
     });
-  } else if (shapes.tile_log2[2] < 3) {
-    throw std::invalid_argument("gemm: the innermost extent of a tile of keys is a multiple of 8");
   }
   set_shapes(plan, args.problem, Side::keys, shapes);
   return plan;

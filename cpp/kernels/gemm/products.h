@@ -113,4 +113,22 @@ __device__ __forceinline__ void load_rows(uint32_t (&b)[4], const char* slices, 
   }
 }
 
+// a[m, k] = slices[row + k, column + m], 16 by kDepth, in the same order of k.
+template <class P>
+__device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], const char* slices, int row, int column,
+                                                     int lane) {
+  using T = typename P::Element;
+  if constexpr (kIs16Bit<P>) {
+    constexpr int kColumns = kSliceBytes / sizeof(T);
+    Slice::load_a_transposed(a, ptx::shared_address(slices) + column / kColumns * kTileBytes, row,
+                             column % kColumns / 16, lane);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t offset = slice_offset<T>(row + 2 * (lane % 4) + i / 2, column + i % 2 * 8 + lane / 4);
+      a[i] = *reinterpret_cast<const uint32_t*>(slices + offset);
+    }
+  }
+}
+
 }  // namespace natten::gemm
