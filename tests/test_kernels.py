@@ -86,7 +86,7 @@ def test_attention_float64(kernel: str, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases())
 def test_attention(kernel: str, dtype: torch.dtype, case: Case) -> None:
     check_attention(case, kernel, dtype)
@@ -94,7 +94,7 @@ def test_attention(kernel: str, dtype: torch.dtype, case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases(additional=False))
 def test_unfused(kernel: str, dtype: torch.dtype, case: Case) -> None:
     check_unfused(case, kernel, dtype)

@@ -46,7 +46,7 @@ def run_backward(case: Case, inputs: Inputs, out: Tensor, lse: Tensor, kernel: K
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(case=cases())
 def test_attention_writes_every_element(kernel: Kernel, case: Case) -> None:
     inputs = case.tensors()
@@ -56,7 +56,7 @@ def test_attention_writes_every_element(kernel: Kernel, case: Case) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(case=cases(additional=False))
 def test_unfused_writes_every_element(kernel: Kernel, case: Case) -> None:
     inputs = case.tensors()
@@ -87,7 +87,7 @@ def everything(case: Case, inputs: Inputs, kernel: Kernel) -> list[Tensor]:
 
 @pytest.mark.parametrize("where", ["batch", "head", "group"])
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(case=cases(pieces=False, additional=False))
 def test_nan_stays_in_its_batch_item_head_and_group(kernel: Kernel, where: str, case: Case) -> None:
     """What is poisoned elsewhere changes not a bit of the rest: the same numbers with and without it."""
