@@ -96,8 +96,8 @@ DIRECTED = {
     "no-scale": Case((axis(90, 9),), heads=1, head_dim=32, head_dim_v=32, scale=0.0),
     "negative-scale": Case((axis(90, 9),), heads=1, head_dim=32, head_dim_v=32, scale=-0.4),
     "no-batch": Case((axis(30, 5),), batch=0, heads=2, head_dim=32, head_dim_v=32),
-    "many-batches": Case((axis(3, 3),), batch=70_000, heads=1, head_dim=8, head_dim_v=8),
-    "many-heads": Case((axis(3, 2),), batch=1, heads=66_000, heads_kv=33_000, head_dim=8, head_dim_v=8),
+    "many-batches": Case((axis(3, 3),), batch=70_000, heads=1, head_dim=32, head_dim_v=32),
+    "many-heads": Case((axis(3, 2),), batch=1, heads=66_000, heads_kv=33_000, head_dim=32, head_dim_v=32),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import attend, axis, check_attention, poisoned, refusal, results
+from checks import attend, axis, check_attention, poisoned, refusal, results, tolerance_of
 from ledger import Ledger
 from problems import Case, Inputs
 from torch import Tensor
@@ -109,9 +109,9 @@ def test_misaligned_tensors(ledger: Ledger, kernel: Kernel, device: torch.device
         aligned.grad_out,
         aligned.grad_lse,
     )
-    for ours, theirs in zip(results(PLANE, aligned, kernel), results(PLANE, moved, kernel), strict=True):
-        torch.testing.assert_close(ours, theirs)
     ledger.case()
+    for (name, oracle, magnitude), result in zip(PLANE.expected(aligned), results(PLANE, moved, kernel), strict=True):
+        ledger.check(name, result, oracle, magnitude, tolerance_of(kernel, dtype, allow_tf32=False), PLANE)
 
 
 def test_expanded_tensors(kernel: Kernel, device: torch.device) -> None:
@@ -195,7 +195,8 @@ def test_autocast(kernel: Kernel, device: torch.device) -> None:
     grads = torch.autograd.grad(out, inputs.differentiable()[:3], inputs.grad_out.to(autocast_dtype))
     assert {grad.dtype for grad in grads} == {torch.float32}
     cast = Inputs(*(t.to(autocast_dtype) for t in inputs.differentiable()[:3]), None, None, out, out)
-    assert torch.equal(out, forward(cast, PLANE, kernel))
+    # Composites: autocast has softmax in float32.
+    torch.testing.assert_close(out, forward(cast, PLANE, kernel), atol=2e-2, rtol=2e-2)
 
 
 def test_compile_without_graph_breaks(kernel: Kernel, device: torch.device) -> None:
