@@ -225,7 +225,13 @@ def _device_memory(device: torch.device) -> int | None:
 
 
 def _runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Whether code for one of the architectures runs there: same major version, minor not newer; "90a" only on 9.0."""
+    """Whether code for one of the architectures runs there.
+
+    Machine code: same major version, minor not newer; "90a" only on 9.0. Builds for "80" also hold PTX, which the driver
+    compiles for any later architecture.
+    """
+    if "80" in architectures and capability >= (8, 0):
+        return True
     for name in architectures:
         major, minor = int(name.rstrip("a")[:-1]), int(name.rstrip("a")[-1])
         if major == capability[0] and (minor == capability[1] if name.endswith("a") else minor <= capability[1]):
