@@ -156,7 +156,6 @@ struct Consumer {
     }
     softmax.update(scores, p.scale_log2, p.slack);
     if constexpr (!kFirst) {
-      ptx::pin(scores);  // or the compiler moves the exponentials behind the wait
       ptx::wgmma_wait<0>();
       ptx::pin(out);
       ptx::pin(probabilities);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <deque>
 #include <iterator>
@@ -62,23 +63,29 @@ class AxisCounts {
   std::map<std::tuple<int, int, int>, AxisCount> counts_;
 };
 
-// Measured on an H200, in cycles (docs/kernels/fused-hopper.md). A multiprocessor's time for a step of one warpgroup is
-// its product time over an efficiency, or the exponentials', whichever is longer; partial boxes pay for their masks.
-// A tile cannot take less than its chain of latencies, which the blocks of a multiprocessor overlap.
-struct StepCost {
-  double full, partial, step_latency, tile_latency;
+// A multiprocessor's cycles for one step of one warpgroup, without and with a mask; for a step that a warpgroup skips; and
+// for a tile besides its steps. One entry per variant: least squares over 200 timings on an H200 that run into its power
+// limit (docs/kernels/fused-hopper.md), off by at most 17 %; head dims 96, 192 and 256 by proportion.
+struct Cost {
+  double full, masked, skipped, tile;
 };
-StepCost step_cost(const Variant& v, bool bias) {
-  const double product = v.keys * v.head_dim / 16.0;
-  const double exponentials = v.keys * 4.6;  // 16 exp2 per cycle: 4 per key and row of 64, plus the rest of softmax
-  const double efficiency = v.keys == 128 ? 0.90 : 0.85;
-  const double full = std::max(product / efficiency, exponentials);
-  const double mask = bias ? v.keys + 16 : v.keys * 1.2 + 25;
-  return {full, full + mask, 300 + 1.6 * full, 2500};
-}
+constexpr Cost kCosts[] = {
+    {750, 870, 40, 4700},     // 32: 128 keys, 3 warpgroups
+    {420, 500, 40, 1950},     //     64, 2, two blocks
+    {880, 1110, 40, 5000},    // 64: 128, 3
+    {475, 630, 40, 5000},     //     64, 3
+    {510, 670, 40, 1820},     //     64, 2, two blocks
+    {1080, 1160, 100, 2000},  // 96: 128, 2
+    {590, 680, 100, 5000},    //     64, 3
+    {1420, 1520, 100, 1840},  // 128: 128, 2
+    {706, 785, 100, 5100},    //      64, 3
+    {900, 980, 100, 2000},    // 192
+    {1145, 1240, 100, 2000},  // 256
+};
+static_assert(std::size(kCosts) == std::size(kVariants));
 
-double cost(const Problem& problem, int multiprocessors, const Variant& v, bool bias, int pair_axis,
-            const AxisCount (&axis)[kAxes], double copies) {
+double cost(const Cost& unit, const Variant& v, int multiprocessors, int pair_axis, const AxisCount (&axis)[kAxes],
+            double copies, int64_t additional) {
   double tiles = copies, needed = copies, full = copies, loaded = copies;
   for (const AxisCount& a : axis) {
     tiles *= a.tiles;
@@ -86,18 +93,14 @@ double cost(const Problem& problem, int multiprocessors, const Variant& v, bool 
     full *= a.full;
     loaded *= a.loaded;
   }
-  const StepCost step = step_cost(v, bias);
-  const double additional = static_cast<double>(ceil_div(static_cast<int>(problem.additional), v.keys));
-  const double throughput = full * step.full + (needed - full) * step.partial + tiles * v.warpgroups * additional * step.full;
-  // Boxes that some warpgroups skip leave the others alone with the tensor cores, for whole runs of boxes if the
-  // warpgroups lie along the slowest axis.
-  const double idle = loaded * v.warpgroups / std::max(needed, 1.0) - 1;
-  const double imbalance = 1 + idle * (pair_axis == 2 ? 0.4 : 0.15);
-  const double latency = (loaded + tiles * additional) * step.step_latency + tiles * step.tile_latency;
-  // The last wave is rarely full.
+  // Skipped boxes leave the tensor cores to fewer warpgroups: for whole runs of boxes along the slowest axis.
+  const double skipped = (loaded * v.warpgroups - needed) * (pair_axis == 2 ? 4 : 1);
+  const double additional_steps = tiles * v.warpgroups * static_cast<double>((additional + v.keys - 1) / v.keys);
+  const double cycles = (full + additional_steps) * unit.full + (needed - full) * unit.masked + skipped * unit.skipped +
+                        tiles * unit.tile;
+  // The last wave of tiles is rarely full.
   const double waves = tiles / (static_cast<double>(multiprocessors) * v.blocks);
-  const double whole_waves = std::max(1.0, waves < 8 ? static_cast<double>(static_cast<int64_t>(waves + 0.999999)) : waves + 0.3);
-  return std::max(throughput * imbalance, latency / v.blocks) / std::max(waves, 1e-9) * whole_waves;
+  return cycles / waves * (waves < 8 ? std::ceil(waves) : waves + 0.5);
 }
 
 // Few enough query coordinates for the slots, key coordinates for the table of vectors, and enough boxes to a tile for
@@ -154,7 +157,8 @@ Schedule search(const Problem& problem, int multiprocessors) {
   AxisCounts counts[kAxes] = {AxisCounts(group[0]), AxisCounts(group[1]), AxisCounts(group[2])};
   Schedule best{};
   double best_cost = -1;
-  for (const Variant& v : kVariants) {
+  for (size_t i = 0; i < std::size(kVariants); ++i) {
+    const Variant& v = kVariants[i];
     if (v.head_dim != head_dim) continue;
     for_each_query_box(group, [&](int qx, int qy, int qz) {
       const int query[kAxes] = {qx, qy, qz};
@@ -162,14 +166,12 @@ Schedule search(const Problem& problem, int multiprocessors) {
         const int key[kAxes] = {kx, ky, kz};
         for (int pair = 0; pair < kAxes; ++pair) {
           if (pair < 2 && group[pair].q_count <= query[pair]) continue;
-          const Schedule schedule = {v.keys, v.warpgroups, v.blocks, {qx, qy, qz}, {kx, ky, kz}, pair};
-          const bool bias = bias_fits(group, v, schedule);
           AxisCount axis[kAxes];
           for (int a = 0; a < kAxes; ++a) axis[a] = counts[a](query[a], a == pair ? v.warpgroups : 1, key[a]);
-          const double c = cost(problem, multiprocessors, v, bias, pair, axis, copies);
+          const double c = cost(kCosts[i], v, multiprocessors, pair, axis, copies, problem.additional);
           if (best_cost >= 0 && c >= best_cost) continue;
           best_cost = c;
-          best = schedule;
+          best = {v.keys, v.warpgroups, v.blocks, {qx, qy, qz}, {kx, ky, kz}, pair};
         }
       });
     });
