@@ -199,19 +199,20 @@ void backward(const BackwardArguments& arguments, void* stream_) {
     p.additional_value = make_additional(arguments.additional_values, kElementBytes);
   }
 
-  KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating;
+  KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating[kVariants];
   visit_types(problem, [&](auto element, auto head_dim) {
     using Element = decltype(element);
     for (Variant v : {Variant::wide, Variant::narrow}) {
       query_entries[int(v)] = query_gradient_entry<Element, head_dim()>(v);
       key_entries[int(v)] = key_gradient_entry<Element, head_dim()>(v);
+      accumulating[int(v)] = accumulating_entry<Element, head_dim()>(v);
     }
-    accumulating = accumulating_entry<Element, head_dim()>();
   });
   launch_statistics(arguments, p, stream);
 
   const int64_t before = (statistics_bytes(problem) + partial_bytes(problem) + 15) / 16 * 16;
-  const bool accumulate = (problem.flags & kDeterministic) == 0 && accumulating.shared_bytes <= shared_memory_limit() &&
+  const bool accumulate = (problem.flags & kDeterministic) == 0 &&
+                          accumulating[int(Variant::narrow)].shared_bytes <= shared_memory_limit() &&
                           arguments.workspace_bytes >= before + accumulator_bytes(problem);
   const int* given = problem.plan.values;
   const int plan_size = problem.plan.size;
@@ -221,10 +222,10 @@ void backward(const BackwardArguments& arguments, void* stream_) {
     p.accumulator =
         workspace_tensor(static_cast<char*>(arguments.workspace) + before, 4 * padded_head_dim(problem), problem);
     check_cuda(cudaMemsetAsync(p.accumulator.data, 0, accumulator_bytes(problem), stream), "fused_sm80 accumulators");
-    const KernelEntry same[kVariants] = {accumulating, accumulating};
-    const TilePlan tiles = plan(problem, Side::keys, same, int(Variant::wide));
-    launch(accumulating, p, problem, Side::keys, tiles, 1, stream, "fused_sm80 gradient");
-    if (problem.additional > 0) launch_additional(arguments, p, accumulating, stream);
+    const TilePlan tiles = plan(problem, Side::keys, accumulating, plan_size == 2 ? given[1] : -1);
+    const KernelEntry& entry = accumulating[int(tiles.variant)];
+    launch(entry, p, problem, Side::keys, tiles, 1, stream, "fused_sm80 gradient");
+    if (problem.additional > 0) launch_additional(arguments, p, entry, stream);
     launch_convert(p, problem, stream);
     return;
   }

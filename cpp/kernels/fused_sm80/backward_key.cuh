@@ -153,16 +153,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   auto load_queries = [&](int n) {
     if (n < steps) {
       const int stage = n % kQueryStages;
-      shared.walk.load(n, 0, ptx::shared_address(shared.query[stage]), p, block.size, p.query,
-                       load.chunk * 8 < p.head_dim, load);
+      if (load.chunk * 8 < p.head_dim)
+        shared.walk.load(n, 0, ptx::shared_address(shared.query[stage]), p, block.size, p.query, load);
       shared.walk.load_statistics(n, ptx::shared_address(shared.statistics[stage]), p, block.size);
     }
     ptx::cp_async_commit();
   };
   auto load_grad_out = [&](int n) {
-    if (n < steps)
-      shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out,
-                       load.chunk * 8 < p.head_dim_v, load);
+    if (n < steps && load.chunk * 8 < p.head_dim_v)
+      shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out, load);
     ptx::cp_async_commit();
   };
   if (warp == 0) {

@@ -180,14 +180,14 @@ struct Loader {
       *reinterpret_cast<uint4*>(tile + Tile::offset(r, chunk)) = uint4{};
   }
 
-  // The same box of kTensors tensors. `source`: its first row; `run_offset`: byte offset of every run; `wanted`:
-  // whether this thread's chunk has channels; `existing_rows(run)`: how many rows of a run exist, asked only when the
-  // box is not whole. The others become zeros.
+  // The same box of kTensors tensors, by threads whose chunk has channels. `source`: its first row; `run_offset`: byte
+  // offset of every run; `existing_rows(run)`: how many rows of a run exist, asked only when the box is not whole. The
+  // others become zeros.
   template <int kRows, int kTensors, class ExistingRows>
   __device__ __forceinline__ void load_box(const uint32_t (&tile)[kTensors], const char* const (&source)[kTensors],
                                            const int64_t* const (&run_offset)[kTensors],
-                                           const int64_t (&step_z)[kTensors], const bool (&wanted)[kTensors],
-                                           bool whole, ExistingRows existing_rows) const {
+                                           const int64_t (&step_z)[kTensors], bool whole,
+                                           ExistingRows existing_rows) const {
     constexpr int kRuns = kRows / tile::kRun, kRunsPerWarp = (kRuns + kWarps - 1) / kWarps;
     if (kRuns < kWarps && warp >= kRuns) return;
     const char* address[kTensors][kRunsPerWarp];
@@ -199,25 +199,26 @@ struct Loader {
 #pragma unroll
       for (int r = 0; r < kRunsPerWarp; ++r) address[t][r] = thread_source + run_offset[t][warp * kRunsPerWarp + r];
     }
+    if (whole) {
 #pragma unroll
-    for (int r = 0; r < kRunsPerWarp; ++r) {
-      if (whole) {
+      for (int r = 0; r < kRunsPerWarp; ++r)
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass)
 #pragma unroll
           for (int t = 0; t < kTensors; ++t) {
-            if (wanted[t]) ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r]);
+            ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r]);
             address[t][r] += kRowsPerPass * step_z[t];
           }
-      } else {
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRunsPerWarp; ++r) {
         const int left = existing_rows(warp * kRunsPerWarp + r) - row;
 #pragma unroll
         for (int pass = 0; pass < kPasses; ++pass)
 #pragma unroll
           for (int t = 0; t < kTensors; ++t) {
-            if (wanted[t])
-              ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r],
-                               pass * kRowsPerPass < left);
+            ptx::cp_async_16(Tile::down(first[t], r * tile::kRun + pass * kRowsPerPass), address[t][r],
+                             pass * kRowsPerPass < left);
             address[t][r] += kRowsPerPass * step_z[t];
           }
       }

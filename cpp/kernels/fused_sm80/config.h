@@ -26,7 +26,7 @@ struct Tiles<E, 64, Variant::wide> {
   using Forward = ForwardConfig<E, 64, 4, 2, 128, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 64, 4, 2, 64, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 64, 128, 64, 4, 2, 2, 2, 1>;
-  using Accumulating = KeyGradientConfig<E, 64, 64, 64, 2, 2, 2, 2, 3, true>;
+  using Accumulating = KeyGradientConfig<E, 64, 128, 128, 4, 2, 2, 1, 1, true>;
 };
 template <class E>
 struct Tiles<E, 96, Variant::wide> {
@@ -62,36 +62,42 @@ struct Tiles<E, 32, Variant::narrow> {
   using Forward = ForwardConfig<E, 32, 4, 1, 64, 2, 5>;
   using QueryGradient = QueryGradientConfig<E, 32, 4, 1, 64, 2, 4>;
   using KeyGradient = KeyGradientConfig<E, 32, 64, 64, 2, 2, 2, 2, 4>;
+  using Accumulating = KeyGradientConfig<E, 32, 64, 64, 2, 2, 2, 2, 4, true>;
 };
 template <class E>
 struct Tiles<E, 64, Variant::narrow> {
   using Forward = ForwardConfig<E, 64, 4, 1, 64, 2, 4>;
   using QueryGradient = QueryGradientConfig<E, 64, 4, 1, 64, 2, 3>;
   using KeyGradient = KeyGradientConfig<E, 64, 64, 64, 2, 2, 2, 2, 3>;
+  using Accumulating = KeyGradientConfig<E, 64, 64, 64, 2, 2, 2, 2, 3, true>;
 };
 template <class E>
 struct Tiles<E, 96, Variant::narrow> {
   using Forward = ForwardConfig<E, 96, 4, 1, 64, 1, 3>;
   using QueryGradient = QueryGradientConfig<E, 96, 4, 1, 32, 2, 3>;
   using KeyGradient = KeyGradientConfig<E, 96, 64, 64, 2, 2, 2, 1, 2>;
+  using Accumulating = KeyGradientConfig<E, 96, 128, 64, 4, 2, 2, 1, 1, true>;
 };
 template <class E>
 struct Tiles<E, 128, Variant::narrow> {
   using Forward = ForwardConfig<E, 128, 4, 1, 64, 1, 3>;
   using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 128, 64, 64, 2, 2, 2, 1, 2>;
+  using Accumulating = KeyGradientConfig<E, 128, 128, 64, 4, 2, 2, 1, 1, true>;
 };
 template <class E>
 struct Tiles<E, 192, Variant::narrow> {
   using Forward = ForwardConfig<E, 192, 4, 1, 32, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 192, 4, 1, 16, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 192, 32, 32, 2, 2, 1, 1, 2>;
+  using Accumulating = KeyGradientConfig<E, 192, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 template <class E>
 struct Tiles<E, 256, Variant::narrow> {
   using Forward = ForwardConfig<E, 256, 4, 1, 32, 1, 2>;
   using QueryGradient = QueryGradientConfig<E, 256, 4, 1, 16, 2, 2>;
   using KeyGradient = KeyGradientConfig<E, 256, 32, 32, 2, 2, 1, 1, 2>;
+  using Accumulating = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 
 template <class Config>
@@ -133,8 +139,10 @@ KernelEntry key_gradient_entry(Variant variant) {
 }
 
 template <class E, int kHeadDim>
-KernelEntry accumulating_entry() {
-  return make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::Accumulating>();
+KernelEntry accumulating_entry(Variant variant) {
+  return variant == Variant::wide
+             ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::Accumulating>()
+             : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::Accumulating>();
 }
 
 }  // namespace natten::fused_sm80

@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   __syncthreads();
   const int steps = shared.walk.steps;
   auto load_keys = [&](int n) {
-    if (n < steps) shared.walk.load_keys(n, ptx::shared_address(shared.key[n % kStages]), p, block, load);
+    if (n < steps) shared.walk.load(n, 0, ptx::shared_address(shared.key[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
   auto load_values = [&](int n) {
-    if (n < steps) shared.walk.load_values(n, ptx::shared_address(shared.value[n % kStages]), p, block, load);
+    if (n < steps) shared.walk.load(n, 1, ptx::shared_address(shared.value[n % kStages]), p, block, load);
     ptx::cp_async_commit();
   };
   auto load_both = [&](int n) {

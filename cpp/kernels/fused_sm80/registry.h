@@ -31,8 +31,8 @@ template <class Element, int kHeadDim>
 KernelEntry query_gradient_entry(Variant variant);
 template <class Element, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant);
-// The key gradient kernel that accumulates query gradients; one size.
+// The key gradient kernel that accumulates query gradients.
 template <class Element, int kHeadDim>
-KernelEntry accumulating_entry();
+KernelEntry accumulating_entry(Variant variant);
 
 }  // namespace natten::fused_sm80

@@ -93,12 +93,12 @@ struct BoxWalk {
     const int z = b.z + (run & ((1 << p.box.log_m) - 1)) * tile::kRun;
     return x < size[0] && y < size[1] ? size[2] - z : 0;
   }
-  // By all threads: box n of tensor t.
+  // By the threads whose chunk has channels: box n of tensor t.
   template <class Load>
   __device__ __forceinline__ void load(int n, int t, uint32_t tile, const Parameters& p, const int (&size)[kAxes],
-                                       const Tensor& tensor, bool wanted, const Load& loader) const {
+                                       const Tensor& tensor, const Load& loader) const {
     const int4 b = box[n % kRing];
-    loader.template load_box<kRows, 1>({tile}, {source[n % kRing][t]}, {run_offset[t]}, {tensor.step[2]}, {wanted},
+    loader.template load_box<kRows, 1>({tile}, {source[n % kRing][t]}, {run_offset[t]}, {tensor.step[2]},
                                        b.w & kWholeBox, [&](int run) { return existing_rows(p, size, b, run); });
   }
 };
@@ -144,43 +144,38 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
     this->source[n % kRing][0] = k.data + block.batch * k.batch + head * k.head + first * k.step[2];
     this->source[n % kRing][1] = v.data + block.batch * v.batch + head * v.head + first * v.step[2];
   }
-  // By all threads: the keys of box n, its values, or both.
+  // By all threads: the keys (t = 0) or the values (t = 1) of box n.
   template <class Block, class Load>
-  __device__ __forceinline__ void load_keys(int n, uint32_t tile, const Parameters& p, const Block& block,
-                                            const Load& loader) const {
+  __device__ __forceinline__ void load(int n, int t, uint32_t tile, const Parameters& p, const Block& block,
+                                       const Load& loader) const {
+    if (loader.chunk * 8 >= (t ? p.head_dim_v : p.head_dim)) return;
     const int4 b = this->box[n % kRing];
-    const int table = 2 * (b.w & kAdditionalBox);
-    loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][0]}, {this->run_offset[table]},
-                                       {table ? p.additional_key.step[2] : p.key.step[2]}, {wanted(p.head_dim, loader)},
-                                       b.w & kWholeBox, [&](int run) { return existing_rows(p, block, b, run); });
-  }
-  template <class Block, class Load>
-  __device__ __forceinline__ void load_values(int n, uint32_t tile, const Parameters& p, const Block& block,
-                                              const Load& loader) const {
-    const int4 b = this->box[n % kRing];
-    const int table = 2 * (b.w & kAdditionalBox);
-    loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][1]}, {this->run_offset[table + 1]},
-                                       {table ? p.additional_value.step[2] : p.value.step[2]},
-                                       {wanted(p.head_dim_v, loader)}, b.w & kWholeBox,
+    const int table = t + 2 * (b.w & kAdditionalBox);
+    loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][t]}, {this->run_offset[table]},
+                                       {step(p, table)}, b.w & kWholeBox,
                                        [&](int run) { return existing_rows(p, block, b, run); });
   }
+  // By all threads: both.
   template <class Block, class Load>
   __device__ __forceinline__ void load_both(int n, uint32_t key_tile, uint32_t value_tile, const Parameters& p,
                                             const Block& block, const Load& loader) const {
+    const bool key_chunk = loader.chunk * 8 < p.head_dim, value_chunk = loader.chunk * 8 < p.head_dim_v;
+    if (key_chunk != value_chunk) return load(n, value_chunk, value_chunk ? value_tile : key_tile, p, block, loader);
+    if (!key_chunk) return;
     const int4 b = this->box[n % kRing];
     const int table = 2 * (b.w & kAdditionalBox);
-    loader.template load_box<kKeys, 2>(
-        {key_tile, value_tile}, {this->source[n % kRing][0], this->source[n % kRing][1]},
-        {this->run_offset[table], this->run_offset[table + 1]},
-        {table ? p.additional_key.step[2] : p.key.step[2], table ? p.additional_value.step[2] : p.value.step[2]},
-        {wanted(p.head_dim, loader), wanted(p.head_dim_v, loader)}, b.w & kWholeBox,
-        [&](int run) { return existing_rows(p, block, b, run); });
+    loader.template load_box<kKeys, 2>({key_tile, value_tile}, {this->source[n % kRing][0], this->source[n % kRing][1]},
+                                       {this->run_offset[table], this->run_offset[table + 1]},
+                                       {step(p, table), step(p, table + 1)}, b.w & kWholeBox,
+                                       [&](int run) { return existing_rows(p, block, b, run); });
   }
 
  private:
-  template <class Load>
-  __device__ __forceinline__ static bool wanted(int channels, const Load& loader) {
-    return loader.chunk * 8 < channels;
+  __device__ __forceinline__ static int64_t step(const Parameters& p, int table) {
+    return table == 0   ? p.key.step[2]
+           : table == 1 ? p.value.step[2]
+           : table == 2 ? p.additional_key.step[2]
+                        : p.additional_value.step[2];
   }
   template <class Block>
   __device__ __forceinline__ static int existing_rows(const Parameters& p, const Block& block, const int4& b, int run) {
