@@ -33,8 +33,8 @@ void allow_shared_memory(Kernel* kernel, int dynamic_bytes, const char* name) {
 // Whether every row of the tensor is made of aligned 16-byte words. Absent tensors are.
 inline bool has_aligned_rows(const TensorView& view, int channels, int element_bytes) {
   if (view.data == nullptr) return true;
-  const int64_t elements = view.batch_stride | view.axis_stride[0] | view.axis_stride[1] | view.axis_stride[2] |
-                           view.head_stride | channels;
+  const int64_t elements =
+      view.batch_stride | view.axis_stride[0] | view.axis_stride[1] | view.axis_stride[2] | view.head_stride | channels;
   return elements * element_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
 

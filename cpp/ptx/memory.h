@@ -44,7 +44,8 @@ __device__ __forceinline__ void reduce_add(float* address, const float (&values)
                : "memory");
 #else
 #pragma unroll
-  for (int i = 0; i < 4; ++i) asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(address + i), "f"(values[i]) : "memory");
+  for (int i = 0; i < 4; ++i)
+    asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(address + i), "f"(values[i]) : "memory");
 #endif
 }
 

@@ -75,7 +75,8 @@ __device__ inline void locate_tile(TokenTile& tile, const Problem& problem, cons
   const Group g = make_group(problem.axis[own], group);
   tile.group[own] = g;
   tile.first[own] = index << grid.tile_log2[own];
-  tile.count[own] = min_int(1 << grid.tile_log2[own], (side == Side::queries ? g.q_count : g.kv_count) - tile.first[own]);
+  tile.count[own] =
+      min_int(1 << grid.tile_log2[own], (side == Side::queries ? g.q_count : g.kv_count) - tile.first[own]);
 }
 #endif
 

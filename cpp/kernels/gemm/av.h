@@ -1,5 +1,5 @@
-// out[i] = scale * sum_w attention[i, w] value[begin(i) + w]: the weights of 64 queries are staged in shared memory as they
-// lie in memory, gathered from there into the operand of dense products with boxes of 64 values.
+// out[i] = scale * sum_w attention[i, w] value[begin(i) + w]: the weights of 64 queries are staged in shared memory as
+// they lie in memory, gathered from there into the operand of dense products with boxes of 64 values.
 #pragma once
 
 #include "kernels/gemm/boxes.h"
@@ -28,13 +28,15 @@ __device__ __forceinline__ void store_rows(const float (&sums)[kChannels / 8][4]
         T first, second;
       };
       *reinterpret_cast<Pair*>(out + offset[r] + n * 8 + 2 * quad) = {narrow<T>(sums[n][2 * r] * scale),
-                                                                       narrow<T>(sums[n][2 * r + 1] * scale)};
+                                                                      narrow<T>(sums[n][2 * r + 1] * scale)};
     }
   }
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : P::kSplit ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4
+                                            : P::kSplit     ? 2
+                                                            : 3)
     av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;
@@ -130,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : P::kSplit ? 2 
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const T pair[2] = {weight(r, run, offset, 0), weight(r, run, offset, 1)};
-            raw[2 * half + r] = uint32_t(reinterpret_cast<const uint16_t&>(pair[1])) << 16 |
-                                reinterpret_cast<const uint16_t&>(pair[0]);
+            raw[2 * half + r] =
+                uint32_t(reinterpret_cast<const uint16_t&>(pair[1])) << 16 | reinterpret_cast<const uint16_t&>(pair[0]);
           }
         }
       } else {
@@ -157,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4 : P::kSplit ? 2 
                                  queries.position[2][rows[r]]};
     out_offset[r] = queries.attention[rows[r]] < 0 ? -1 : token_offset(tile, problem, args.c, Side::queries, position);
   }
-  T* out = static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride +
-           first_channel;
+  T* out =
+      static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride + first_channel;
   store_rows<P, kChannels>(sums, out, out_offset, channels, float(problem.scale));
 }
 

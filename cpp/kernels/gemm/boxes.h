@@ -49,8 +49,8 @@ struct BoxTokens {
   }
 };
 
-// Tokens of the first `count` steps of an axis, in a box of `total` tokens of which a step of the axis spans `width` and
-// the whole axis spans `period`.
+// Tokens of the first `count` steps of an axis, in a box of `total` tokens of which a step of the axis spans `width`
+// and the whole axis spans `period`.
 __device__ inline Mask tokens_below(int count, int width, int period, int total) {
   uint64_t mask = count * width >= 64 ? ~uint64_t(0) : (uint64_t(1) << (count * width)) - 1;
   for (; period < total; period *= 2) mask |= mask << period;
@@ -162,8 +162,8 @@ struct QueryTile {
   Range walked[kAxes];  // and, on axes up to the slab's, all positions that window slots stand for
   int begin[kAxes][kTokens], end[kAxes][kTokens];  // each query's window; empty where the tile has no query
   int position[kAxes][kTokens];
-  int64_t attention[kTokens];  // element offset of a query's weights; -1: no such query
-  Mask attended[2][kTokens];   // of the current box, by parity of boxes
+  int64_t attention[kTokens];    // element offset of a query's weights; -1: no such query
+  Mask attended[2][kTokens];     // of the current box, by parity of boxes
   int run_slot[kTokens / kRun];  // slot of the first key of each run of a box, from the box's first key
   BoxTokens box;
   BoxSource keys;
@@ -231,9 +231,10 @@ __device__ inline bool make_query_tile(QueryTile& queries, const UnfusedArgument
   return true;
 }
 
-// Where the weights of a slab lie. Slot (x, y, z) of a query's window is number x * stride[0] + y * stride[1] + z of its
-// weights. In shared memory the weight of the key at position p lies at the query's slab_row, plus `shift_bytes`, plus
-// the elements sum over axes after the slab axis of (p - begin) * stride, and on the slab axis of (p - origin) * stride.
+// Where the weights of a slab lie. Slot (x, y, z) of a query's window is number x * stride[0] + y * stride[1] + z of
+// its weights. In shared memory the weight of the key at position p lies at the query's slab_row, plus `shift_bytes`,
+// plus the elements sum over axes after the slab axis of (p - begin) * stride, and on the slab axis of (p - origin) *
+// stride.
 struct SlabLayout {
   int strides[kAxes];
   int slab_axis;
@@ -301,8 +302,8 @@ __device__ __forceinline__ void for_slab(char* slab, T* attention, const QueryTi
   for (int row = threadIdx.x / kLanes; row < kTokens; row += kThreads / kLanes) {
     const Stretch stretch = find_stretch(queries, layout, plan, slots, origin, row);
     if (stretch.begin >= stretch.end) continue;
-    char* global = reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(attention) + queries.attention[row] +
-                                           stretch.base);
+    char* global =
+        reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(attention) + queries.attention[row] + stretch.base);
     const int shift = shift_bytes(attention, queries, stretch, row);
     char* shared = slab + row * plan.slab_pitch_bytes + shift;
     const int begin = stretch.begin * int(sizeof(T)), end = stretch.end * int(sizeof(T));

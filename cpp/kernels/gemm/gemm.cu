@@ -37,13 +37,15 @@ void for_arithmetic(const Problem& problem, const Call& call) {
 void qk(const UnfusedArguments& args, void* stream) {
   check_supported(args.problem, {&args.a, &args.b});
   if (no_queries(args.problem)) return;
-  for_arithmetic(args.problem, [&](auto p) { qk<typename decltype(p)::Type>(args, static_cast<cudaStream_t>(stream)); });
+  for_arithmetic(args.problem,
+                 [&](auto p) { qk<typename decltype(p)::Type>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 void av(const UnfusedArguments& args, void* stream) {
   check_supported(args.problem, {&args.b, &args.c});
   if (no_queries(args.problem)) return;
-  for_arithmetic(args.problem, [&](auto p) { av<typename decltype(p)::Type>(args, static_cast<cudaStream_t>(stream)); });
+  for_arithmetic(args.problem,
+                 [&](auto p) { av<typename decltype(p)::Type>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 void inverse_av(const UnfusedArguments& args, void* stream) {

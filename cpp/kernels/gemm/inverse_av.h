@@ -1,6 +1,6 @@
-// out[j] = scale * sum over the queries i that see key j of attention[i, j - begin(i)] input[i], summed over the query heads
-// of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. The weights of a box are
-// gathered into a dense, zero-filled matrix in shared memory; every weight is read by one block only.
+// out[j] = scale * sum over the queries i that see key j of attention[i, j - begin(i)] input[i], summed over the query
+// heads of j's head: a block owns 64 keys and walks the boxes of 64 queries that see some of them. The weights of a box
+// are gathered into a dense, zero-filled matrix in shared memory; every weight is read by one block only.
 #pragma once
 
 #include "kernels/gemm/av.h"
@@ -94,7 +94,9 @@ __device__ __forceinline__ void find_seen(KeyTile& keys, const UnfusedArguments&
 }
 
 template <class P, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kChannels <= 32 && !P::kSplit ? 4
+                                            : kChannels <= 64             ? 3
+                                                                          : 2)
     inverse_av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
   using T = typename P::Element;
   constexpr int kStageBytes = kSlices<P, kChannels> * kTileBytes;
@@ -115,17 +117,19 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
   // A thread gathers the weights of one key for every other query.
   constexpr int kGathered = kTokens * kTokens / kThreads;
   const int key = threadIdx.x % kTokens, first_query = threadIdx.x / kTokens;
-  T gathered[kGathered];
+  // Bits in registers of their own: packed in pairs, they would be waited for as soon as they are asked for.
+  using Bits = std::conditional_t<kIs16Bit<P>, uint16_t, uint32_t>;
+  uint32_t gathered[kGathered];
   const char* key_weights = reinterpret_cast<const char*>(static_cast<const T*>(args.a.data) +
                                                           tile.batch * args.a.batch_stride + keys.weight[key]);
-  const char* input = static_cast<const char*>(args.b.data) +
-                      (tile.batch * args.b.batch_stride + first_channel) * int64_t(sizeof(T));
+  const char* input =
+      static_cast<const char*>(args.b.data) + (tile.batch * args.b.batch_stride + first_channel) * int64_t(sizeof(T));
 
   Walk walk;
   walk.start(keys.needed);
   const auto load_next = [&](int head, int stage) {
-    const int64_t source = head * args.b.head_stride * int64_t(sizeof(T)) +
-                           keys.inputs.offset_bytes(walk.origin, walk.begin);
+    const int64_t source =
+        head * args.b.head_stride * int64_t(sizeof(T)) + keys.inputs.offset_bytes(walk.origin, walk.begin);
     load_box<kSlices<P, kChannels>>(input_stages + stage * kStageBytes, input + source, keys.inputs, keys.box, plan,
                                     walk.origin, keys.needed, 0, chunks);
     ptx::cp_async_commit();
@@ -134,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
     for (int i = 0; i < kGathered; ++i) {
       const int query = first_query + i * (kThreads / kTokens);
       const bool seen = keys.seen[query].half[key / 32] >> key % 32 & 1;
-      gathered[i] = seen ? *reinterpret_cast<const T*>(head_weights + keys.weights_bytes[query]) : narrow<T>(0);
+      gathered[i] = seen ? *reinterpret_cast<const Bits*>(head_weights + keys.weights_bytes[query]) : 0;
       // Few addresses at a time: all at once, they would not fit the registers.
       if (i % 8 == 7) asm volatile("" ::: "memory");
     }
@@ -143,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
   float sums[kChannels / 8][4] = {};
   const int group_heads = problem.heads / problem.heads_kv;
   int head = tile.head * group_heads;
-  const int last_head = head + group_heads - 1;
   bool more = keys.needed[0].size() > 0 && keys.needed[1].size() > 0 && keys.needed[2].size() > 0;
   if (more) {
     find_seen(keys, args, plan, walk, sizeof(T));
@@ -159,10 +162,10 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
 #pragma unroll
     for (int i = 0; i < kGathered; ++i) {
       const int query = first_query + i * (kThreads / kTokens);
-      *reinterpret_cast<T*>(dense + slice_offset<T>(query, key)) = gathered[i];
+      *reinterpret_cast<Bits*>(dense + slice_offset<T>(query, key)) = Bits(gathered[i]);
     }
     int turned;
-    if (!walk.next(plan, turned)) more = ++head <= last_head;
+    if (!walk.next(plan, turned)) more = ++head < (tile.head + 1) * group_heads;
     if (more) find_seen(keys, args, plan, walk, sizeof(T));
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -186,8 +189,8 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 3 : 2)
   }
 
   const int64_t out_offset[2] = {keys.out[warp * 16 + lane / 4], keys.out[warp * 16 + lane / 4 + 8]};
-  T* out = static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride +
-           first_channel;
+  T* out =
+      static_cast<T*>(args.c.data) + tile.batch * args.c.batch_stride + tile.head * args.c.head_stride + first_channel;
   store_rows<P, kChannels>(sums, out, out_offset, channels, float(problem.scale));
 }
 

@@ -64,8 +64,7 @@ void for_shapes(const Problem& problem, int box_tokens_log2, int innermost_log2,
       for (int b0 = 0; b0 <= most[0] && b0 <= box_tokens_log2; ++b0) {
         for (int b1 = 0; b1 <= most[1] && b0 + b1 + innermost_log2 <= box_tokens_log2; ++b1) {
           const int b2 = box_tokens_log2 - b0 - b1;
-          visit(Shapes{{t0, t1, t2}, {b0, b1, b2}},
-                pairs[0][t0][b0].all * pairs[1][t1][b1].all * pairs[2][t2][b2].all);
+          visit(Shapes{{t0, t1, t2}, {b0, b1, b2}}, pairs[0][t0][b0].all * pairs[1][t1][b1].all * pairs[2][t2][b2].all);
         }
       }
     }

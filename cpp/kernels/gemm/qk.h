@@ -1,5 +1,5 @@
-// attention[i, w] = scale * query[i] . key[begin(i) + w] + bias: dense products of 64 queries with boxes of 64 keys, whose
-// useful scores are scattered into window slots in shared memory and leave as long stretches.
+// attention[i, w] = scale * query[i] . key[begin(i) + w] + bias: dense products of 64 queries with boxes of 64 keys,
+// whose useful scores are scattered into window slots in shared memory and leave as long stretches.
 #pragma once
 
 #include "kernels/gemm/boxes.h"
@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(kThreads, 5)
   }
 
   // Keys arrive in stages: one slice of one box each.
-  const char* key = static_cast<const char*>(args.b.data) +
-                    (tile.batch * args.b.batch_stride +
-                     tile.head / (problem.heads / problem.heads_kv) * args.b.head_stride) * int64_t(sizeof(T));
+  const char* key =
+      static_cast<const char*>(args.b.data) +
+      (tile.batch * args.b.batch_stride + tile.head / (problem.heads / problem.heads_kv) * args.b.head_stride) *
+          int64_t(sizeof(T));
   Walk load, walk;
   load.start(queries.walked);
   walk.start(queries.walked);

@@ -93,9 +93,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
         const A logit = dot_rows<kLanes, kGeneric>(resident_query, query, key_slice, key_row, valid, d, lane);
         const A grad_weight =
             dot_rows<kLanes, kGeneric>(resident_grad_out, grad_out, value_slice, value_row, valid, dv, lane);
-        const A grad_logit = z + lane % kCount < keys
-                                 ? exp_base2(factor * logit - normaliser) * (grad_weight - delta[0])
-                                 : A(0);
+        const A grad_logit =
+            z + lane % kCount < keys ? exp_base2(factor * logit - normaliser) * (grad_weight - delta[0]) : A(0);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) {
           if constexpr (kGeneric) key_slice[c] = load_slice<kLanes, kGeneric>(key_row[c], d, first, lane, valid[c]);
@@ -198,11 +197,10 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
               head_rows<const T>(args.grad_out, tile.batch, head) + token.row_offset(problem, args.grad_out, x, y);
           const A* normalisers =
               head_rows<const A>(args.logsumexp, tile.batch, head) + token.row_offset(problem, args.logsumexp, x, y);
-          const A* deltas = static_cast<const A*>(args.workspace) +
-                            delta_index(problem, tile.batch, head,
-                                        token.axis[0].begin_token + x * problem.axis[0].dilation,
-                                        token.axis[1].begin_token + y * problem.axis[1].dilation,
-                                        token.axis[2].begin_token);
+          const A* deltas =
+              static_cast<const A*>(args.workspace) +
+              delta_index(problem, tile.batch, head, token.axis[0].begin_token + x * problem.axis[0].dilation,
+                          token.axis[1].begin_token + y * problem.axis[1].dilation, token.axis[2].begin_token);
           for (int z = 0; z < token.longest[2]; z += kCount) {
             const T *query[kCount], *grad_out[kCount];
             bool valid[kCount];
@@ -236,7 +234,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
 // One block per batch item, additional key and K/V head. Its tokens' lanes share out the queries; their sums are added
 // in a fixed order.
 template <class T, int kLanes, bool kGeneric>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_additional_kernel(const __grid_constant__ BackwardArguments args) {
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
+    grad_additional_kernel(const __grid_constant__ BackwardArguments args) {
   using A = Accumulate<T>;
   constexpr int kCount = kKeys<T>;
   constexpr int kTeams = kThreads / kLanes;
@@ -251,8 +250,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>)) grad_addi
   const int group_heads = problem.heads / problem.heads_kv;
 
   KeyGradients<T, kLanes, kGeneric> gradients(
-      problem,
-      head_rows<const T>(args.additional_keys, batch, head_kv) + index * args.additional_keys.axis_stride[2],
+      problem, head_rows<const T>(args.additional_keys, batch, head_kv) + index * args.additional_keys.axis_stride[2],
       head_rows<const T>(args.additional_values, batch, head_kv) + index * args.additional_values.axis_stride[2], lane);
 
   const int length_y = problem.axis[1].q_length, length_z = problem.axis[2].q_length;
@@ -313,14 +311,14 @@ template <class T>
 void backward(const BackwardArguments& args, cudaStream_t stream) {
   const Problem& problem = args.problem;
   const int d = problem.head_dim, dv = problem.head_dim_v;
-  const int64_t queries = problem.batch * problem.heads * int64_t(problem.axis[0].q_length) *
-                          problem.axis[1].q_length * problem.axis[2].q_length;
+  const int64_t queries = problem.batch * problem.heads * int64_t(problem.axis[0].q_length) * problem.axis[1].q_length *
+                          problem.axis[2].q_length;
   if (args.workspace_bytes < queries * int64_t(sizeof(Accumulate<T>))) {
     throw std::runtime_error("naive backward: the workspace must hold one number per query and head");
   }
   bool aligned = true;
-  for (const TensorView* view : {&args.query, &args.key, &args.additional_keys, &args.grad_query, &args.grad_key,
-                                 &args.grad_additional_keys}) {
+  for (const TensorView* view :
+       {&args.query, &args.key, &args.additional_keys, &args.grad_query, &args.grad_key, &args.grad_additional_keys}) {
     aligned = aligned && has_aligned_rows(*view, d, sizeof(T));
   }
   for (const TensorView* view : {&args.value, &args.additional_values, &args.out, &args.grad_out, &args.grad_value,

@@ -16,7 +16,9 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 // Blocks per multiprocessor to leave registers for, as many as backward allows without spilling.
 template <class T, bool kGeneric>
-constexpr int kMinBlocks = sizeof(T) == 8 || kGeneric ? 1 : sizeof(T) == 4 ? 2 : 3;
+constexpr int kMinBlocks = sizeof(T) == 8 || kGeneric ? 1
+                           : sizeof(T) == 4           ? 2
+                                                      : 3;
 
 // Rows in flight: a slice of doubles takes 16 registers, and backward holds two slices per row.
 template <class T>
@@ -215,7 +217,7 @@ __device__ inline void make_windows(TileWindows& windows, const Problem& problem
 struct TokenWindow {
   AxisWindow axis[kAxes];
   bool valid;
-  int lane;       // among the token's lanes
+  int lane;            // among the token's lanes
   int longest[kAxes];  // largest window of the warp: loops run to it, so that shuffles meet
 
   __device__ int64_t offset(const TensorView& view) const {

@@ -11,10 +11,14 @@ namespace {
 template <class Call>
 void for_type(ScalarType type, const Call& call) {
   switch (type) {
-    case ScalarType::float64: return call(double());
-    case ScalarType::float32: return call(float());
-    case ScalarType::float16: return call(__half());
-    case ScalarType::bfloat16: return call(__nv_bfloat16());
+    case ScalarType::float64:
+      return call(double());
+    case ScalarType::float32:
+      return call(float());
+    case ScalarType::float16:
+      return call(__half());
+    case ScalarType::bfloat16:
+      return call(__nv_bfloat16());
   }
   throw std::invalid_argument("naive kernels: unknown element type");
 }

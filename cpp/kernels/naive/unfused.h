@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   if (bias != nullptr) {
     int relative[kAxes];
     for (int a = 0; a < kAxes; ++a) relative[a] = token.axis[a].begin - token.axis[a].position + slots[a] - 1;
-    bias += int64_t(tile.head) * (2 * slots[0] - 1) * bias_x + relative[0] * bias_x + relative[1] * bias_y +
-            relative[2];
+    bias +=
+        int64_t(tile.head) * (2 * slots[0] - 1) * bias_x + relative[0] * bias_x + relative[1] * bias_y + relative[2];
   }
 
   for (int x = 0; x < slots[0]; ++x) {
@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
   }
 }
 
-// out[j] = scale * sum over the query heads of j's head and the queries i that see j of attention[i, j - begin(i)] input[i]
+// out[j] = scale * sum over the query heads of j's head and the queries i that see j of attention[i, j - begin(i)]
+// input[i]
 template <class T, int kLanes, bool kGeneric>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
     inverse_av_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ TileGrid grid) {
@@ -181,8 +182,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, kGeneric>))
 // One block per head and entry of the bias table; its threads share out batch items and queries and add their sums in a
 // fixed order.
 template <class T>
-__global__ void __launch_bounds__(1024) rpb_backward_kernel(const __grid_constant__ RpbBackwardArguments args,
-                                                            int threads_z) {
+__global__ void __launch_bounds__(1024)
+    rpb_backward_kernel(const __grid_constant__ RpbBackwardArguments args, int threads_z) {
   using A = Accumulate<T>;
   __shared__ A partial[32];
   const Problem& problem = args.problem;
