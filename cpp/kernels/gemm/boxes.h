@@ -5,7 +5,7 @@
 
 namespace natten::gemm {
 
-static_assert(kThreads == 2 * kTokens);
+static_assert(kThreads == 2 * kTokens, "two threads make the mask of a token");
 
 // Visits the boxes of a region of positions, the last axis fastest.
 struct Walk {
@@ -40,7 +40,7 @@ struct Mask {
 struct BoxTokens {
   Mask below[kAxes][kTokens + 1];  // tokens whose coordinate on the axis is below v
 
-  // One half of the mask of tokens at positions [begin[a], end[a]), for a box at `origin`.
+  // One half of the mask of tokens whose positions on an axis are in [begin, end), for a box that starts at `origin`.
   __device__ __forceinline__ uint32_t inside(const Plan& plan, int axis, int origin, int begin, int end,
                                              int half) const {
     const int low = min_int(max_int(begin - origin, 0), plan.box(axis));

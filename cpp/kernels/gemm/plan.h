@@ -11,7 +11,6 @@
 namespace natten::gemm {
 
 constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
 constexpr int kTokens = 64;  // rows of a tile, and at most as many tokens in a box
 constexpr int kRun = 8;      // the innermost extent of a box of keys is a multiple: columns of one mma
 
