@@ -34,16 +34,7 @@ from torch import Tensor
 
 from natten import na_av, na_qk
 from natten._library import require_library
-from natten.bench.floors import (
-    CEILINGS,
-    Ceilings,
-    Operator,
-    Work,
-    attention_work,
-    floor,
-    measure_ceilings,
-    unfused_work,
-)
+from natten.bench.floors import CEILINGS, Ceilings, attention_work, composite_works, floor, measure_ceilings
 from natten.bench.peers import Contender, NotSupported, random_inputs
 from natten.bench.problems import DTYPES, PASSES, BenchProblem, Pass, parse_problem, read_data
 from natten.bench.report import Column, circumstances, device_name, number, plain_table, write_json
@@ -140,24 +131,12 @@ def fused_kernel(problem: BenchProblem, pass_: Pass, device: torch.device) -> Ke
     return min(fused, key=lambda candidate: candidate.milliseconds or 0.0).kernel
 
 
-def _softmax_work(problem: BenchProblem, tensors: int) -> Work:
-    dtype = DTYPES[problem.dtype]
-    slots = checked_problem(problem, dtype, torch.device("cpu")).slots
-    return Work(0.0, tensors * problem.batch * problem.tokens * problem.heads * slots * dtype.itemsize)
-
-
 def rung_floor_ms(
     problem: BenchProblem, rung: str, pass_: Pass, ceilings: Ceilings, allow_tf32: bool = False
 ) -> float | None:
     """The floor of a rung's own operations, one after the other: the composite has to move the weights."""
-    if rung == "fused":
-        works = [attention_work(problem, pass_, problem.dtype)]
-    else:
-        operators: tuple[Operator, ...] = (
-            ("qk", "av") if pass_ == "forward" else ("qk", "av", "inverse_av", "inverse_av")
-        )
-        works = [unfused_work(problem, operator, problem.dtype) for operator in operators]
-        works.append(_softmax_work(problem, 2 if pass_ == "forward" else 3))
+    fused = rung == "fused"
+    works = [attention_work(problem, pass_, problem.dtype)] if fused else composite_works(problem, pass_, problem.dtype)
     floors = [floor(work, problem.dtype, ceilings, allow_tf32) for work in works]
     return None if None in floors else sum(bound.ms for bound in floors if bound is not None)
 

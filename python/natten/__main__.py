@@ -1,4 +1,4 @@
-"""Command line: `python -m natten info`, `python -m natten bench ...`."""
+"""Command line: `python -m natten info`, `python -m natten bench ...`, `python -m natten profile ...`."""
 
 from __future__ import annotations
 
@@ -53,11 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, the library found, devices and the kernels that run on them")
     commands.add_parser("bench", help="benchmarks (python -m natten bench --help)", add_help=False)
+    commands.add_parser(
+        "profile", help="what every kernel makes of a problem (python -m natten profile --help)", add_help=False
+    )
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         from natten.bench import main as bench
 
         return int(bench(rest) or 0)
+    if arguments.command == "profile":
+        from natten.profile import main as profile
+
+        return profile(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     _info()

@@ -88,6 +88,15 @@ def unfused_work(problem: BenchProblem, operator: Operator, dtype: str) -> Work:
     return Work(flops, DTYPES[dtype].itemsize * (weights + tokens * (problem.heads + problem.key_heads) * channels))
 
 
+def composite_works(problem: BenchProblem, pass_: Pass, dtype: str) -> list[Work]:
+    """The operations of attention as qk, softmax and av, which have to move the attention weights between them."""
+    operators: tuple[Operator, ...] = ("qk", "av") if pass_ == "forward" else ("qk", "av", "inverse_av", "inverse_av")
+    slots = checked_problem(problem, DTYPES[dtype], torch.device("cpu")).slots
+    weights_bytes = problem.batch * problem.tokens * problem.heads * slots * DTYPES[dtype].itemsize
+    softmax = Work(0.0, (2 if pass_ == "forward" else 3) * weights_bytes)
+    return [*(unfused_work(problem, operator, dtype) for operator in operators), softmax]
+
+
 def floor(work: Work, dtype: str, ceilings: Ceilings, allow_tf32: bool = False) -> Floor | None:
     """None where the device's rate for this type is not known."""
     rate = ceilings.tflops.get("tf32" if dtype == "float32" and allow_tf32 else dtype)

@@ -156,22 +156,24 @@ PEERS: Mapping[str, Callable[[BenchProblem, torch.dtype, torch.device], Contende
 }
 
 
+def pass_call(contender: Contender, pass_: Pass) -> Callable[[], object]:
+    """One pass of a contender; the forward pass that backward needs is made here."""
+    inputs = (contender.query, contender.key, contender.value)
+    if pass_ == "forward":
+        return partial(contender.attention, *inputs)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out = contender.attention(*inputs)
+    return partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
+
+
 def time_contender(
     make: Callable[[], Contender], pass_: Pass, device: torch.device, budget_ms: float = 100.0, graph: bool = False
 ) -> Timing:
     """Times one pass; backward alone, after a forward pass outside the measurement."""
-    contender = make()
-    inputs = (contender.query, contender.key, contender.value)
-    if pass_ == "forward":
-        with torch.no_grad():
-            call: Callable[[], object] = partial(contender.attention, *inputs)
-            return measure(graphed(call) if graph else call, device, budget_ms)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    out = contender.attention(*inputs)
-    grad_out = torch.randn_like(out)
-    call = partial(torch.autograd.grad, out, inputs, grad_out, retain_graph=True)
-    return measure(graphed(call) if graph else call, device, budget_ms)
+    call = pass_call(make(), pass_)
+    with torch.set_grad_enabled(pass_ == "backward"):
+        return measure(graphed(call) if graph else call, device, budget_ms)
 
 
 def attempt(action: Callable[..., Timing], *arguments: Any) -> Timing:

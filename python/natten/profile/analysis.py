@@ -1,0 +1,96 @@
+"""What a kernel did with a pass of a problem, beside what the problem needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from natten.bench.floors import Work, attention_work, composite_works, floor
+from natten.bench.problems import DTYPES, BenchProblem, Pass
+from natten.bench.run import Row, Settings, Skip, measure_attention
+from natten.bench.timing import Timing
+from natten.bench.windows import checked_problem
+from natten.dispatch import FAMILIES, Kernel
+from natten.profile.tiles import executed_flops
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One kernel on one pass of a problem."""
+
+    problem: BenchProblem
+    pass_: Pass
+    dtype: str
+    kernel: Kernel
+    timing: Timing
+    useful: Work  # what the problem needs
+    executed_flops: float
+    moved_bytes: float  # what this kernel cannot avoid: the composite moves its attention weights too
+    bytes_share: float  # of the two floors, over the time
+    flops_share: float | None
+
+    @property
+    def intensity(self) -> float:
+        """Useful FLOPs per byte that the kernel has to move."""
+        return self.useful.flops / self.moved_bytes
+
+    @property
+    def useful_tflops(self) -> float:
+        return self.useful.flops / self.timing.ms * 1e-9
+
+    @property
+    def executed_tflops(self) -> float:
+        return self.executed_flops / self.timing.ms * 1e-9
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "problem": self.problem.name,
+            "pass": self.pass_,
+            "dtype": self.dtype,
+            "kernel": self.kernel.name,
+            "ms": round(self.timing.ms, 5),
+            "spread_ms": [round(self.timing.low_ms, 5), round(self.timing.high_ms, 5)],
+            "repeats": self.timing.repeats,
+            "useful_flops": self.useful.flops,
+            "executed_flops": self.executed_flops,
+            "floor_bytes": self.useful.bytes,
+            "moved_bytes": self.moved_bytes,
+            "intensity": round(self.intensity, 3),
+            "useful_tflops": round(self.useful_tflops, 4),
+            "executed_tflops": round(self.executed_tflops, 4),
+            "bytes_floor_share": round(self.bytes_share, 5),
+            "flops_floor_share": None if self.flops_share is None else round(self.flops_share, 5),
+        }
+
+
+def profile_of(row: Row, problem: BenchProblem, pass_: Pass, settings: Settings) -> Profile:
+    """A measurement of the benchmark, taken apart."""
+    kernel = Kernel[row.kernel]
+    useful = attention_work(problem, pass_, row.dtype)
+    moved = [useful] if not FAMILIES[kernel].composite else composite_works(problem, pass_, row.dtype)
+    bound = floor(useful, row.dtype, settings.ceilings, settings.allow_tf32)
+    checked = checked_problem(problem, DTYPES[row.dtype], settings.device)
+    return Profile(
+        problem,
+        pass_,
+        row.dtype,
+        kernel,
+        row.timing,
+        useful,
+        executed_flops(kernel, checked, pass_),
+        sum(work.bytes for work in moved),
+        useful.bytes / settings.ceilings.bandwidth_tbps * 1e-9 / row.timing.ms,
+        None if bound is None else bound.flops_ms / row.timing.ms,
+    )
+
+
+def profiles(
+    problems: Iterable[BenchProblem], settings: Settings, progress: Callable[[Row | Skip], None] = lambda _: None
+) -> Iterator[Profile | Skip]:
+    """Every kernel on every pass of the problems, each in its own type."""
+    for problem in problems:
+        for pass_ in settings.passes:
+            for item in measure_attention(problem, pass_, problem.dtype, settings, recorded=False):
+                progress(item)
+                yield item if isinstance(item, Skip) else profile_of(item, problem, pass_, settings)

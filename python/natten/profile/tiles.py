@@ -1,0 +1,231 @@
+"""How many floating-point operations the kernels execute, useful or not, from the tiles and boxes that they work in.
+
+A block owns a tile of queries (or of keys) of one dilation group and walks boxes of the other side, from the first
+token that the tile needs. Every score of a box is computed for all the rows that do not skip it, in a window or not;
+channels are padded to a class. The shapes come from the planner in C++ (``torch.ops.natten.plan_tiles``), the boxes
+are counted here, tile by tile. Families that go from query to query compute nothing but the windows.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import torch
+
+from natten import _cost
+from natten._problem import Axis, Problem
+from natten.bench.problems import Pass
+from natten.dispatch import Kernel
+
+Side = Literal["queries", "keys"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of a tile, rows of it that skip a box together, and tokens of a box: powers of two."""
+
+    owned: int
+    rows: int
+    box: int
+    #: Time of a score, in units of the family's other tiles: what makes it choose one of them.
+    score_cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel of a pass."""
+
+    name: str
+    owns: Side
+    products: tuple[int, int]  # matrix products over the head dim, and over the value head dim, per score
+    tiles: tuple[Tile, ...] = ()  # to choose from; none: exactly the scores inside windows
+    box_innermost: int = 8  # the box's innermost extent is a multiple
+    masked_charge: float = 0.0  # of a box that needs a mask, as the planner charges it
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step on a problem: extents of the tile, of the rows that skip together and of the box; scores; FLOPs."""
+
+    step: Step
+    tile: tuple[int, ...]
+    rows: tuple[int, ...]
+    box: tuple[int, ...]
+    scores: int
+    flops: float
+
+
+def _wide_and_narrow(wide: tuple[int, int, int], narrow: tuple[int, int, int]) -> tuple[Tile, ...]:
+    return Tile(*wide, score_cost=0.8), Tile(*narrow)
+
+
+# fused_sm80, by head dim class: the wide and the narrow variant of cpp/kernels/fused_sm80/config.h.
+_SM80_QUERIES: Mapping[int, tuple[Tile, ...]] = {
+    32: _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+    64: _wide_and_narrow((128, 32, 128), (64, 16, 64)),
+    96: _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+    128: _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+    192: _wide_and_narrow((128, 16, 64), (64, 16, 32)),
+    256: _wide_and_narrow((128, 16, 64), (64, 16, 32)),
+}
+_SM80_GRAD_QUERY: Mapping[int, tuple[Tile, ...]] = {
+    32: _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+    64: _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+    96: _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+    128: _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+    192: _wide_and_narrow((128, 16, 32), (64, 16, 16)),
+    256: _wide_and_narrow((128, 16, 32), (64, 16, 16)),
+}
+_SM80_GRAD_KEY: Mapping[int, tuple[Tile, ...]] = {
+    32: _wide_and_narrow((128, 32, 64), (64, 32, 64)),
+    64: _wide_and_narrow((128, 32, 64), (64, 32, 64)),
+    96: _wide_and_narrow((128, 32, 64), (64, 32, 64)),
+    128: _wide_and_narrow((128, 32, 64), (64, 32, 64)),
+    192: _wide_and_narrow((64, 32, 64), (32, 16, 32)),
+    256: _wide_and_narrow((64, 32, 64), (32, 16, 32)),
+}
+_SM80_ACCUMULATING: Mapping[int, tuple[Tile, ...]] = {
+    32: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
+    64: _wide_and_narrow((128, 32, 128), (64, 32, 64)),
+    96: _wide_and_narrow((128, 32, 64), (128, 32, 64)),
+    128: _wide_and_narrow((128, 32, 64), (128, 32, 64)),
+    192: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
+    256: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
+}
+# fused_sm90, by head dim class: keys of a step, cpp/kernels/fused_sm90/config.h; a warpgroup has 64 queries.
+_SM90: Mapping[int, tuple[Tile, ...]] = {
+    head_dim: tuple(Tile(64, 64, keys) for keys in steps)
+    for head_dim, steps in {32: (128, 64), 64: (128, 64), 96: (128, 64), 128: (128, 64), 192: (64,), 256: (64,)}.items()
+}
+_GEMM = (Tile(64, 64, 64),)  # cpp/kernels/gemm/plan.h
+_HEAD_DIM_CLASSES = tuple(_SM90)
+
+
+def padded_head_dims(kernel: Kernel, problem: Problem) -> tuple[int, int]:
+    """Head dim and value head dim as the family's products see them."""
+    if kernel not in (Kernel.fused_sm80, Kernel.fused_sm90):
+        return problem.head_dim, problem.head_dim_v
+    padded = next(size for size in _HEAD_DIM_CLASSES if max(problem.head_dim, problem.head_dim_v) <= size)
+    return padded, padded
+
+
+def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
+    """The kernels that a family runs for a pass of attention; none where it has no such pass."""
+    forward = pass_ == "forward"
+    if kernel is Kernel.gemm:
+        qk, av = (Step(name, "queries", (1, 0), _GEMM) for name in ("qk", "av"))
+        if forward:
+            return qk, replace(av, products=(0, 1))
+        inverse = Step("inverse_av", "keys", (0, 1), _GEMM, box_innermost=1)
+        return replace(qk, products=(0, 1)), av, inverse, replace(inverse, products=(1, 0))
+    if kernel is Kernel.fused_sm90:
+        head_dim = padded_head_dims(kernel, problem)[0]
+        return (Step("forward", "queries", (1, 1), _SM90[head_dim], masked_charge=0.1),) if forward else ()
+    if kernel is Kernel.fused_sm80:
+        head_dim = padded_head_dims(kernel, problem)[0]
+        if forward:
+            return (Step("forward", "queries", (1, 1), _SM80_QUERIES[head_dim], masked_charge=0.25),)
+        if _cost.accumulating_is_faster(problem):
+            return (Step("accumulating", "keys", (3, 2), _SM80_ACCUMULATING[head_dim], masked_charge=0.25),)
+        return (
+            Step("query gradient", "queries", (2, 1), _SM80_GRAD_QUERY[head_dim], masked_charge=0.25),
+            Step("key gradient", "keys", (2, 2), _SM80_GRAD_KEY[head_dim], masked_charge=0.25),
+        )
+    if forward:
+        return (Step("forward", "queries", (1, 1)),)
+    if kernel is Kernel.cpu_naive:
+        return (Step("backward", "queries", (3, 2)),)
+    return Step("query gradient", "queries", (2, 1)), Step("key gradient", "keys", (2, 2))
+
+
+@functools.lru_cache(maxsize=256)
+def _windows(axis: Axis, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Begins and ends of the windows of a dilation group's queries."""
+    group = next(g for g in range(axis.dilation) if -(-(axis.extent - g) // axis.dilation) == length)
+    ranges = [axis.window(group, position) for position in range(length)]
+    return tuple(begin for begin, _ in ranges), tuple(end for _, end in ranges)
+
+
+def _needed(axis: Axis, length: int, owns: Side, first: int, last: int) -> tuple[int, int]:
+    """What the queries (keys) [first, last] attend (are attended by); both ends of the windows are non-decreasing."""
+    begins, ends = _windows(axis, length)
+    if owns == "queries":
+        return begins[first], ends[last]
+    return bisect_right(ends, first), bisect_right(begins, last)
+
+
+@functools.lru_cache(maxsize=65536)
+def axis_boxes(axis: Axis, owns: Side, tile: int, rows: int, box: int) -> int:
+    """Boxes that each `rows` tokens of a tile need along one axis, summed over the rows, tiles and dilation groups."""
+    lengths = [-(-(axis.extent - group) // axis.dilation) for group in range(axis.dilation)]
+    total = 0
+    for length in set(lengths):
+        boxes = 0
+        for tile_first in range(0, length, tile):
+            tile_last = min(tile_first + tile, length) - 1
+            origin = _needed(axis, length, owns, tile_first, tile_last)[0]
+            for first in range(tile_first, tile_last + 1, rows):
+                begin, end = _needed(axis, length, owns, first, min(first + rows - 1, tile_last))
+                if begin < end:
+                    boxes += (end - 1 - origin) // box - (begin - origin) // box + 1
+        total += boxes * lengths.count(length)
+    return total
+
+
+def _cuts(tile: tuple[int, ...], parts: int) -> Iterator[tuple[int, ...]]:
+    """Extents of the equal parts that a tile may be cut into."""
+    powers = [[1 << log for log in range(extent.bit_length())] for extent in tile]
+    for cut in itertools.product(*powers):
+        if prod(cut) == parts:
+            yield tuple(extent // count for extent, count in zip(tile, cut, strict=True))
+
+
+def plan_step(problem: Problem, step: Step, head_dims: tuple[int, int]) -> StepPlan:
+    """The step's shapes on a whole problem (no pieces, no additional keys), and the scores that it computes."""
+    assert problem.additional == 0
+    assert tuple(axis.extent for axis in problem.axes) == problem.q_grid == problem.kv_grid
+    copies = problem.batch * problem.heads
+    operations = 2.0 * (step.products[0] * head_dims[0] + step.products[1] * head_dims[1])
+    if not step.tiles:
+        scores = copies * problem.window_pairs()
+        return StepPlan(step, (), (), (), scores, scores * operations)
+
+    def scores_of(shape: tuple[int, ...], rows: tuple[int, ...], box: tuple[int, ...]) -> int:
+        along = zip(problem.axes, shape, rows, box, strict=True)
+        boxes = prod(axis_boxes(axis, step.owns, *extents) for axis, *extents in along)
+        return copies * boxes * prod(rows) * prod(box)
+
+    candidates = []
+    for tile in step.tiles:
+        plan = torch.ops.natten.plan_tiles(
+            problem.window,
+            problem.q_grid,
+            problem.kv_grid,
+            tile.owned,
+            tile.box,
+            step.box_innermost,
+            step.masked_charge,
+        )
+        shape, box = tuple(plan[3 - problem.rank : 3]), tuple(plan[6 - problem.rank :])
+        candidates.append((tile.score_cost * scores_of(shape, shape, box), tile, shape, box))
+    _, tile, shape, box = min(candidates, key=lambda candidate: candidate[0])
+    rows = min(_cuts(shape, tile.owned // tile.rows), key=lambda rows: scores_of(shape, rows, box))
+    scores = scores_of(shape, rows, box)
+    return StepPlan(step, shape, rows, box, scores, scores * operations)
+
+
+def plan_pass(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[StepPlan, ...]:
+    """Every step of a pass."""
+    head_dims = padded_head_dims(kernel, problem)
+    return tuple(plan_step(problem, step, head_dims) for step in steps(kernel, problem, pass_))
+
+
+def executed_flops(kernel: Kernel, problem: Problem, pass_: Pass) -> float:
+    """FLOPs of the matrix products of a pass, masked and padded ones included."""
+    return sum(plan.flops for plan in plan_pass(kernel, problem, pass_))
