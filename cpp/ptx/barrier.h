@@ -30,11 +30,10 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t& barrier, int byt
 __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity) {
   uint32_t complete;
   do {
-    asm volatile(
-        "{ .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p; }"
-        : "=r"(complete)
-        : "r"(shared_address(&barrier)), "r"(parity)
-        : "memory");
+    asm volatile("{ .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p; }"
+                 : "=r"(complete)
+                 : "r"(shared_address(&barrier)), "r"(parity)
+                 : "memory");
   } while (!complete);
 }
 

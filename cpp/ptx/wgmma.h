@@ -33,7 +33,9 @@ template <int kCount>
 __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    asm volatile("" : "+r"(registers[i][0]), "+r"(registers[i][1]), "+r"(registers[i][2]), "+r"(registers[i][3])::"memory");
+    asm volatile(""
+                 : "+r"(registers[i][0]), "+r"(registers[i][1]), "+r"(registers[i][2]),
+                   "+r"(registers[i][3])::"memory");
   }
 }
 
@@ -76,13 +78,13 @@ __device__ __forceinline__ uint32_t matrix_descriptor_low(uint32_t address, int 
 template <typename Element, int N>
 __device__ __forceinline__ void wgmma_shared(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor,
                                              int accumulate) {
-#define NATTEN_CASE(n, registers, a, b, accumulate_, ...)                                                   \
-  if constexpr (N == n) {                                                                                   \
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                                 \
-      NATTEN_WGMMA_SHARED(n, "bf16", registers, a, b, accumulate_, __VA_ARGS__);                            \
-    } else {                                                                                                \
-      NATTEN_WGMMA_SHARED(n, "f16", registers, a, b, accumulate_, __VA_ARGS__);                             \
-    }                                                                                                       \
+#define NATTEN_CASE(n, registers, a, b, accumulate_, ...)                        \
+  if constexpr (N == n) {                                                        \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                      \
+      NATTEN_WGMMA_SHARED(n, "bf16", registers, a, b, accumulate_, __VA_ARGS__); \
+    } else {                                                                     \
+      NATTEN_WGMMA_SHARED(n, "f16", registers, a, b, accumulate_, __VA_ARGS__);  \
+    }                                                                            \
   }
   static_assert(N == 64 || N == 80 || N == 96 || N == 128);
   NATTEN_CASE(64, NATTEN_R32, "%32", "%33", "%34", NATTEN_D32(0))
@@ -95,13 +97,13 @@ __device__ __forceinline__ void wgmma_shared(float (&d)[N / 2], uint64_t a_descr
 // D += A B with A [64, 16] in registers and B [16, N] in shared memory, N contiguous (transposed by the instruction).
 template <typename Element, int N>
 __device__ __forceinline__ void wgmma_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
-#define NATTEN_CASE(n, registers, a0, a1, a2, a3, b, ...)                                 \
-  if constexpr (N == n) {                                                                 \
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                               \
-      NATTEN_WGMMA_REGISTERS(n, "bf16", registers, a0, a1, a2, a3, b, __VA_ARGS__);       \
-    } else {                                                                              \
-      NATTEN_WGMMA_REGISTERS(n, "f16", registers, a0, a1, a2, a3, b, __VA_ARGS__);        \
-    }                                                                                     \
+#define NATTEN_CASE(n, registers, a0, a1, a2, a3, b, ...)                           \
+  if constexpr (N == n) {                                                           \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                         \
+      NATTEN_WGMMA_REGISTERS(n, "bf16", registers, a0, a1, a2, a3, b, __VA_ARGS__); \
+    } else {                                                                        \
+      NATTEN_WGMMA_REGISTERS(n, "f16", registers, a0, a1, a2, a3, b, __VA_ARGS__);  \
+    }                                                                               \
   }
   static_assert(N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256);
   NATTEN_CASE(32, NATTEN_R16, "%16", "%17", "%18", "%19", "%20", NATTEN_D16(0))

@@ -1,10 +1,10 @@
 // Masks by tensor core.
 //
 // A key is masked for a query if it lies outside the query's window along some axis. So the mask of a box is a matrix
-// product of low rank: S += E B^T, where row q of E is one-hot per axis (which of the box's few x, y and z coordinates q
-// has) and row k of B holds, for each of those coordinates, 0 where key k lies in its window along that axis and a huge
-// negative number where it does not. With at most 8 slots for x and y together, and 8 for z, this is a single k = 16
-// step of wgmma: a sixteenth of a step at D 128, no instruction per score, nothing in the consumers' registers.
+// product of low rank: S += E B^T, where row q of E is one-hot per axis (which of the box's few x, y and z coordinates
+// q has) and row k of B holds, for each of those coordinates, 0 where key k lies in its window along that axis and a
+// huge negative number where it does not. With at most 8 slots for x and y together, and 8 for z, this is a single k =
+// 16 step of wgmma: a sixteenth of a step at D 128, no instruction per score, nothing in the consumers' registers.
 //
 // E depends on the box shape only. The 16-byte halves of B's rows are looked up: (x, y) and z vectors of every key
 // coordinate that a tile needs are made once per tile, and put together for each partial box by a producer warp.
@@ -33,7 +33,8 @@ struct BiasPattern {
 template <class Config>
 __device__ __forceinline__ void write_query_slots(const Parameters& p, SharedStorage<Config>& shared, int row) {
   constexpr uint32_t kHot = BiasPattern<typename Config::Element>::kHot;
-  const int x = row >> (p.log2_z + p.log2_y), y = row >> p.log2_z & ((1 << p.log2_y) - 1), z = row & ((1 << p.log2_z) - 1);
+  const int x = row >> (p.log2_z + p.log2_y), y = row >> p.log2_z & ((1 << p.log2_y) - 1),
+            z = row & ((1 << p.log2_z) - 1);
   uint16_t slots[16] = {};
 #pragma unroll
   for (int s = 0; s < 8; ++s) {
@@ -52,8 +53,9 @@ struct KeyVectors {
   int x, y, z, pair_pitch;
 };
 
-// B of a box lies in shared memory as halves of [keys][8 slots]. Only the half with the pair axis's slots differs between
-// warpgroups. The (x, y) half has to come before the z half, whose distance is a field of the matrix descriptor.
+// B of a box lies in shared memory as halves of [keys][8 slots]. Only the half with the pair axis's slots differs
+// between warpgroups. The (x, y) half has to come before the z half, whose distance is a field of the matrix
+// descriptor.
 template <class Config>
 struct SlotHalves {
   static constexpr int kBytes = Config::kKeys * 16, kCount = Config::kWarpgroups + 1;
@@ -105,8 +107,8 @@ __device__ __forceinline__ KeyVectors write_key_vectors(const Parameters& p, con
   return at;
 }
 
-// B of one box, for the warpgroups in bit mask `warpgroups`; every lane of one warp. x, y, z: the box's first vectors along
-// each axis.
+// B of one box, for the warpgroups in bit mask `warpgroups`; every lane of one warp. x, y, z: the box's first vectors
+// along each axis.
 template <class Config>
 struct SlotWriter {
   static constexpr int kRows = Config::kKeys / 32;  // keys of a lane

@@ -8,9 +8,9 @@
 
 namespace natten::fused_sm90 {
 
-constexpr int kQueries = 64;         // per consumer warpgroup: the M of one wgmma
-constexpr int kMaxWarpgroups = 3;    // consumer warpgroups
-constexpr int kTileRecords = 2;      // tiles that the scheduler may be ahead
+constexpr int kQueries = 64;                 // per consumer warpgroup: the M of one wgmma
+constexpr int kMaxWarpgroups = 3;            // consumer warpgroups
+constexpr int kTileRecords = 2;              // tiles that the scheduler may be ahead
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a block; an SM has 228 KB, and each block costs 1 KB more
 
 // What distinguishes two kernels besides the element type. Head dims are padded (by the copy engine, with zeros) to a
@@ -55,8 +55,8 @@ constexpr int head_dim_class(int head_dim) {
 // Channels that one box of the copy engine brings: 64 (128-byte swizzle), or 32 where the class is no multiple of 64.
 constexpr int chunk_channels(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
 
-// Registers per thread after setmaxnreg: they sum to what the launch allocates (65536 / threads / blocks, floored to 8).
-// Consumers get what their accumulators need; below 56 the scheduler spills a little, once per tile.
+// Registers per thread after setmaxnreg: they sum to what the launch allocates (65536 / threads / blocks, floored to
+// 8). Consumers get what their accumulators need; below 56 the scheduler spills a little, once per tile.
 constexpr int consumer_registers(const Variant& v) {
   return v.blocks == 2 ? 104 : v.warpgroups == 2 ? (v.head_dim == 256 ? 232 : 224) : v.keys == 128 ? 160 : 152;
 }
@@ -67,18 +67,19 @@ constexpr int producer_registers(const Variant& v) {
 // What the scheduler warp tells the other roles about a tile. Coordinates are positions among the queries, or keys, of
 // the tile's dilation group that were passed.
 struct alignas(16) TileRecord {
-  int query_origin[kAxes];        // of the block's query box
-  int query_end[kAxes];           // of the group
+  int query_origin[kAxes];  // of the block's query box
+  int query_end[kAxes];     // of the group
   int query_fold, out_fold, key_fold, value_fold, additional_key_fold, additional_value_fold;
-  int query_shape, key_shape;     // which maps: bit a is set if the group is shorter along axis a
+  int query_shape, key_shape;  // which maps: bit a is set if the group is shorter along axis a
   int box_count[kAxes];
-  int box_steps;                  // product of box_count; negative: no tile is left
-  int key_begin[kAxes];           // the union of the block's windows
-  Range common[kAxes];            // their intersection; the pair axis has one for each warpgroup instead
+  int box_steps;                    // product of box_count; negative: no tile is left
+  int key_begin[kAxes];             // the union of the block's windows
+  Range common[kAxes];              // their intersection; the pair axis has one for each warpgroup instead
   Range needed_by[kMaxWarpgroups];  // along the pair axis: union and intersection of the warpgroup's windows
   Range common_to[kMaxWarpgroups];
-  int64_t logsumexp_origin;       // element of the first query
-  Range window[kMaxWarpgroups * kQueries + kAxes - 1];  // per axis and query coordinate of the tile, axes one after another
+  int64_t logsumexp_origin;  // element of the first query
+  Range window[kMaxWarpgroups * kQueries + kAxes -
+               1];  // per axis and query coordinate of the tile, axes one after another
 };
 
 // What the key loader tells the consumers about a step.
@@ -89,9 +90,11 @@ struct alignas(16) StepRecord {
 constexpr int kAdditionalStep = 1 << 8;
 static_assert(sizeof(TileRecord::window) / sizeof(Range) <= 256);
 
-// Variants that can mask by tensor core (bias.h) besides score by score (mask.h). It needs a producer warp that keeps up,
-// and registers for a second copy of the loop: not where steps are short, or two blocks share an SM.
-constexpr bool masks_by_bias(const Variant& v) { return v.blocks == 1 && (v.head_dim > 64 || v.keys == 64) && v.head_dim > 32; }
+// Variants that can mask by tensor core (bias.h) besides score by score (mask.h). It needs a producer warp that keeps
+// up, and registers for a second copy of the loop: not where steps are short, or two blocks share an SM.
+constexpr bool masks_by_bias(const Variant& v) {
+  return v.blocks == 1 && (v.head_dim > 64 || v.keys == 64) && v.head_dim > 32;
+}
 // Key coordinates for which a tile may have mask vectors then.
 constexpr int kKeyVectors = 448;
 
@@ -145,8 +148,8 @@ struct SharedStorage {
   BiasStorage<Config> bias;
   TileRecord tile[kTileRecords];
   StepRecord step[Config::kStages];
-  Group group[kAxes];                                              // scheduler's own
-  int64_t logsumexp_offset[Config::kWarpgroups * kQueries];       // of each query from the tile's first
+  Group group[kAxes];                                        // scheduler's own
+  int64_t logsumexp_offset[Config::kWarpgroups * kQueries];  // of each query from the tile's first
   uint64_t key_full[Config::kStages], key_empty[Config::kStages];
   uint64_t value_full[Config::kStages], value_empty[Config::kStages];
   uint64_t query_full[Config::kQueryBuffers][Config::kWarpgroups];

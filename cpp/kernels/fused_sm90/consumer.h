@@ -17,7 +17,8 @@
 
 namespace natten::fused_sm90 {
 
-// Values that every lane computes alike, told so to the compiler: descriptors and branches then live in uniform registers.
+// Values that every lane computes alike, told so to the compiler: descriptors and branches then live in uniform
+// registers.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(kWarp, x, 0); }
 
 template <class Config>
@@ -116,7 +117,8 @@ struct Consumer {
 
   __device__ __forceinline__ void round_probabilities(const Scores& scores) {
 #pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = ptx::pack(scores[2 * i], scores[2 * i + 1], Element());
+    for (int i = 0; i < kKeys / 4; ++i)
+      probabilities[i / 4][i % 4] = ptx::pack(scores[2 * i], scores[2 * i + 1], Element());
   }
 
   __device__ __forceinline__ void finish_out(const Ring<Config::kStages>& at) {
@@ -209,7 +211,8 @@ struct Consumer {
   }
 
   // Normalises, stages the tile in its query buffer (swizzled like the maps), and hands it to the copy engine.
-  __device__ __forceinline__ void store(const TileRecord& tile, const CUtensorMap (&out_maps)[kGroupShapes], uint8_t* staging) {
+  __device__ __forceinline__ void store(const TileRecord& tile, const CUtensorMap (&out_maps)[kGroupShapes],
+                                        uint8_t* staging) {
     float reciprocal[2];
     softmax.finish(reciprocal);
     ptx::named_barrier_sync(1 + warpgroup, 128);  // every warp is done with the queries
@@ -259,7 +262,8 @@ struct Consumer {
     const int row = warp * 16 + lane;
     const ptx::BoxCoordinate origin = query_box(p, tile, warpgroup, 0);
     const Coordinate c = coordinate_of(row);
-    if (origin.x + c.x < tile.query_end[0] && origin.y + c.y < tile.query_end[1] && origin.z + c.z < tile.query_end[2]) {
+    if (origin.x + c.x < tile.query_end[0] && origin.y + c.y < tile.query_end[1] &&
+        origin.z + c.z < tile.query_end[2]) {
       p.logsumexp[tile.logsumexp_origin + shared.logsumexp_offset[warpgroup * kQueries + row]] = lane < 8 ? low : high;
     }
   }

@@ -54,7 +54,8 @@ const char* fold_all(const ForwardArguments& a, FoldedTensors* folded) {
   if (!why && p.additional > 0) {
     const int length[kAxes] = {1, 1, static_cast<int>(p.additional)}, dense[kAxes] = {1, 1, 1};
     why = fold(a.additional_keys, p.batch, p.heads_kv, p.head_dim, length, dense, &folded->additional_key);
-    if (!why) why = fold(a.additional_values, p.batch, p.heads_kv, p.head_dim_v, length, dense, &folded->additional_value);
+    if (!why)
+      why = fold(a.additional_values, p.batch, p.heads_kv, p.head_dim_v, length, dense, &folded->additional_value);
   }
   return why;
 }
@@ -62,7 +63,8 @@ const char* fold_all(const ForwardArguments& a, FoldedTensors* folded) {
 const char* check_problem(const Problem& p) {
   if (p.type != ScalarType::bfloat16 && p.type != ScalarType::float16) return "the element type is not a 16-bit float";
   for (int d : {p.head_dim, p.head_dim_v}) {
-    if (d < 8 || d % 8 != 0 || d > kClasses[std::size(kClasses) - 1]) return "a head dim is not a multiple of 8 up to 256";
+    if (d < 8 || d % 8 != 0 || d > kClasses[std::size(kClasses) - 1])
+      return "a head dim is not a multiple of 8 up to 256";
   }
   const double scale_log2 = p.scale * 1.4426950408889634;
   // Masked scores must vanish after scaling.
@@ -137,7 +139,8 @@ void allow_shared_memory(const KernelInfo& kernel, int variant, ScalarType type,
   std::atomic<uint64_t>& devices = allowed[type == ScalarType::float16][variant];
   const uint64_t bit = uint64_t{1} << (device % 64);
   if (device < 64 && devices.load(std::memory_order_relaxed) & bit) return;
-  check_cuda(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes), kName);
+  check_cuda(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
+             kName);
   devices.fetch_or(bit, std::memory_order_relaxed);
 }
 
@@ -164,8 +167,7 @@ void forward(const ForwardArguments& arguments, void* stream) {
 
   const int head_dim = head_dim_class(std::max(problem.head_dim, problem.head_dim_v));
   const int variant = variant_index(head_dim, schedule);
-  const KernelInfo kernel =
-      problem.type == ScalarType::bfloat16 ? bfloat16_kernel(variant) : float16_kernel(variant);
+  const KernelInfo kernel = problem.type == ScalarType::bfloat16 ? bfloat16_kernel(variant) : float16_kernel(variant);
 
   Parameters parameters = make_parameters(a, schedule, folded);
   const int chunk = chunk_channels(head_dim), additional_box[kAxes] = {1, 1, schedule.keys};

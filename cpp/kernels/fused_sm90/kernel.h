@@ -59,10 +59,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocks)
   } else {
     ptx::register_release<Config::kProducerRegisters>();
     switch (threadIdx.x / 32 % 4) {
-      case 0: load_boxes<Config, true>(parameters, maps.key, maps.additional_key[0], shared); break;
-      case 1: load_queries(parameters, maps.query, shared); break;
-      case 2: load_boxes<Config, false>(parameters, maps.value, maps.additional_value[0], shared); break;
-      default: schedule_tiles(parameters, shared);
+      case 0:
+        load_boxes<Config, true>(parameters, maps.key, maps.additional_key[0], shared);
+        break;
+      case 1:
+        load_queries(parameters, maps.query, shared);
+        break;
+      case 2:
+        load_boxes<Config, false>(parameters, maps.value, maps.additional_value[0], shared);
+        break;
+      default:
+        schedule_tiles(parameters, shared);
     }
   }
 }

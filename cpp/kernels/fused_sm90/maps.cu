@@ -28,7 +28,8 @@ const char* fold(const TensorView& tensor, int64_t batch, int heads, int channel
     f.ragged[a] = length[a] % d != 0;
     f.position_stride[a] = f.length[a] > 1 ? tensor.axis_stride[a] * d : kElementsPer16Bytes;
     if (d > 1) take(tensor.axis_stride[a], d - 1);
-    if (f.position_stride[a] <= 0 || f.position_stride[a] % kElementsPer16Bytes != 0 || f.position_stride[a] >= kMaxStride) {
+    if (f.position_stride[a] <= 0 || f.position_stride[a] % kElementsPer16Bytes != 0 ||
+        f.position_stride[a] >= kMaxStride) {
       return "the stride of an axis is not a positive multiple of 16 bytes";
     }
   }
@@ -70,10 +71,9 @@ EncodeTiled find_encode_tiled() {
 void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes],
             CUtensorMap (&maps)[kGroupShapes]) {
   static const EncodeTiled encode_tiled = find_encode_tiled();
-  const cuuint64_t stride_bytes[4] = {2 * static_cast<cuuint64_t>(tensor.fold_stride),
-                                      2 * static_cast<cuuint64_t>(tensor.position_stride[2]),
-                                      2 * static_cast<cuuint64_t>(tensor.position_stride[1]),
-                                      2 * static_cast<cuuint64_t>(tensor.position_stride[0])};
+  const cuuint64_t stride_bytes[4] = {
+      2 * static_cast<cuuint64_t>(tensor.fold_stride), 2 * static_cast<cuuint64_t>(tensor.position_stride[2]),
+      2 * static_cast<cuuint64_t>(tensor.position_stride[1]), 2 * static_cast<cuuint64_t>(tensor.position_stride[0])};
   const cuuint32_t box_size[5] = {static_cast<cuuint32_t>(chunk_channels), 1, static_cast<cuuint32_t>(box[2]),
                                   static_cast<cuuint32_t>(box[1]), static_cast<cuuint32_t>(box[0])};
   const cuuint32_t element_stride[5] = {1, 1, 1, 1, 1};
@@ -96,7 +96,8 @@ void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, con
         wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
-      throw std::runtime_error("natten: cuTensorMapEncodeTiled failed with " + std::to_string(static_cast<int>(result)));
+      throw std::runtime_error("natten: cuTensorMapEncodeTiled failed with " +
+                               std::to_string(static_cast<int>(result)));
     }
   }
 }

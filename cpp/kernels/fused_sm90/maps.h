@@ -1,13 +1,13 @@
 // Tensor maps: how the copy engine reads and writes heads-last tensors in place.
 //
-// A map has five dimensions, whatever the problem's rank: channel (D, so that padded channels arrive as zeros), fold, and
-// the z, y, x positions of one dilation group. `fold` carries head, batch item and dilation group at once: a dimension
-// whose stride divides all of theirs, so each is a multiple of one coordinate. Boxes have extent 1 along it.
+// A map has five dimensions, whatever the problem's rank: channel (D, so that padded channels arrive as zeros), fold,
+// and the z, y, x positions of one dilation group. `fold` carries head, batch item and dilation group at once: a
+// dimension whose stride divides all of theirs, so each is a multiple of one coordinate. Boxes have extent 1 along it.
 //
 // A map must claim no position beyond a group's end: the copy engine has to deliver zeros there, not a neighbour's
-// values (a masked NaN still poisons P V). Groups of a dilated axis differ in length by at most one, so a tensor has one
-// map for each combination of longer and shorter axes. (Shifting the shorter groups by one position would need only one
-// map, based one position before the tensor; the copy engine faults if nothing is mapped there.)
+// values (a masked NaN still poisons P V). Groups of a dilated axis differ in length by at most one, so a tensor has
+// one map for each combination of longer and shorter axes. (Shifting the shorter groups by one position would need only
+// one map, based one position before the tensor; the copy engine faults if nothing is mapped there.)
 #pragma once
 
 #include <cuda.h>

@@ -1,9 +1,9 @@
 // Which scores of a key box lie inside the windows of a thread's two rows.
 //
-// A thread of wgmma holds, of row r of two, columns 8 j + 2 (lane % 4) + c. Key boxes are a multiple of 8 long along z, so
-// column block j is a mixed-radix number (x * rows + y) * row_columns + z8, a window is a range in each digit, and the
-// bits over j of "inside" are the AND of three masks: a range (x), a range within a plane repeated over planes (y), and a
-// range within a row repeated over rows (z). Repeating is one multiplication.
+// A thread of wgmma holds, of row r of two, columns 8 j + 2 (lane % 4) + c. Key boxes are a multiple of 8 long along z,
+// so column block j is a mixed-radix number (x * rows + y) * row_columns + z8, a window is a range in each digit, and
+// the bits over j of "inside" are the AND of three masks: a range (x), a range within a plane repeated over planes (y),
+// and a range within a row repeated over rows (z). Repeating is one multiplication.
 #pragma once
 
 #include "kernels/fused_sm90/config.h"
@@ -49,7 +49,8 @@ class Mask {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + lane / 4 + 8 * r;
-      const int x = row >> (p.log2_z + p.log2_y), y = row >> p.log2_z & ((1 << p.log2_y) - 1), z = row & ((1 << p.log2_z) - 1);
+      const int x = row >> (p.log2_z + p.log2_y), y = row >> p.log2_z & ((1 << p.log2_y) - 1),
+                z = row & ((1 << p.log2_z) - 1);
       const int entry_x = x + (p.pair_axis == 0 ? step : 0);
       const int entry_y = y + (p.pair_axis == 1 ? step : 0) + p.tile_box[0];
       const int entry_z = z + (p.pair_axis == 2 ? step : 0) + p.tile_box[0] + p.tile_box[1];
@@ -74,8 +75,9 @@ class Mask {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const Range y = tile.window[entries_[r] >> 8 & 255], z = tile.window[entries_[r] >> 16];
-        const uint32_t rows = bit_range((y.begin - y_) * p.row_columns, min((y.end - y_) * p.row_columns, p.plane_columns)) *
-                              p.repeat_planes;
+        const uint32_t rows =
+            bit_range((y.begin - y_) * p.row_columns, min((y.end - y_) * p.row_columns, p.plane_columns)) *
+            p.repeat_planes;
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int origin = z_ + column + c;

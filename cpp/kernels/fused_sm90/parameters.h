@@ -35,8 +35,8 @@ struct Parameters {
   int additional;  // keys
   int additional_steps;
 
-  // Masks (mask.h): 8-key columns per row and per plane of a key box, and the constants that replicate a row's bits over
-  // the box, and a plane's.
+  // Masks (mask.h): 8-key columns per row and per plane of a key box, and the constants that replicate a row's bits
+  // over the box, and a plane's.
   int row_columns, plane_columns;
   uint32_t repeat_rows, repeat_planes;
 

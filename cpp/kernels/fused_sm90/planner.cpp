@@ -17,11 +17,12 @@ namespace natten::fused_sm90 {
 
 namespace {
 
-// One axis cut into query extents and key extents: sums over the axis's tiles. A problem's totals are products of these.
+// One axis cut into query extents and key extents: sums over the axis's tiles. A problem's totals are products of
+// these.
 struct AxisCount {
-  double tiles = 0, live = 0;    // blocks' tiles; warpgroups among them that have queries
-  double loaded = 0;             // key extents brought for a tile
-  double needed = 0, full = 0;   // summed over warpgroups: computed at all; without a mask
+  double tiles = 0, live = 0;   // blocks' tiles; warpgroups among them that have queries
+  double loaded = 0;            // key extents brought for a tile
+  double needed = 0, full = 0;  // summed over warpgroups: computed at all; without a mask
 };
 
 AxisCount count_axis(const Group& g, int query_extent, int warpgroups, int key_extent) {
@@ -54,7 +55,8 @@ class AxisCounts {
   const AxisCount& operator()(int query_extent, int warpgroups, int key_extent) {
     const auto key = std::make_tuple(query_extent, warpgroups, key_extent);
     auto found = counts_.find(key);
-    if (found == counts_.end()) found = counts_.emplace(key, count_axis(group_, query_extent, warpgroups, key_extent)).first;
+    if (found == counts_.end())
+      found = counts_.emplace(key, count_axis(group_, query_extent, warpgroups, key_extent)).first;
     return found->second;
   }
 
@@ -63,21 +65,21 @@ class AxisCounts {
   std::map<std::tuple<int, int, int>, AxisCount> counts_;
 };
 
-// A multiprocessor's cycles for one step of one warpgroup, without and with a mask; for a step that a warpgroup skips; and
-// for a tile besides its steps. One entry per variant: least squares over 200 timings on an H200 that run into its power
-// limit (docs/kernels/fused-hopper.md), off by at most 17 %; head dims 96, 192 and 256 by proportion.
+// A multiprocessor's cycles for one step of one warpgroup, without and with a mask; for a step that a warpgroup skips;
+// and for a tile besides its steps. One entry per variant: least squares over 200 timings on an H200 that run into its
+// power limit (docs/kernels/fused-hopper.md), off by at most 17 %; head dims 96, 192 and 256 by proportion.
 struct Cost {
   double full, masked, skipped, tile;
 };
 constexpr Cost kCosts[] = {
-    {750, 870, 40, 4700},     // 32: 128 keys, 3 warpgroups
+    {720, 830, 40, 4700},     // 32: 128 keys, 3 warpgroups
     {420, 500, 40, 1950},     //     64, 2, two blocks
-    {880, 1110, 40, 5000},    // 64: 128, 3
+    {880, 1060, 40, 5000},    // 64: 128, 3
     {475, 630, 40, 5000},     //     64, 3
     {510, 670, 40, 1820},     //     64, 2, two blocks
-    {1080, 1160, 100, 2000},  // 96: 128, 2
+    {1040, 1160, 100, 2600},  // 96: 128, 2
     {590, 680, 100, 5000},    //     64, 3
-    {1420, 1520, 100, 1840},  // 128: 128, 2
+    {1390, 1520, 100, 2600},  // 128: 128, 2
     {706, 785, 100, 5100},    //      64, 3
     {900, 980, 100, 2000},    // 192
     {1145, 1240, 100, 2000},  // 256
@@ -145,7 +147,8 @@ void for_each_key_box(const Group (&group)[kAxes], int keys, Function f) {
 
 // The dilation group of the first query along each axis, which has most queries, stands for all.
 void longest_groups(const Problem& problem, Group (&group)[kAxes]) {
-  for (int a = 0; a < kAxes; ++a) group[a] = make_group(problem.axis[a], problem.axis[a].q_start % problem.axis[a].dilation);
+  for (int a = 0; a < kAxes; ++a)
+    group[a] = make_group(problem.axis[a], problem.axis[a].q_start % problem.axis[a].dilation);
 }
 
 Schedule search(const Problem& problem, int multiprocessors) {
@@ -224,7 +227,11 @@ Schedule choose_schedule(const Problem& problem, int multiprocessors) {
   static std::mutex mutex;
   static std::deque<std::pair<Geometry, Schedule>> remembered;
 
-  Geometry geometry = {{}, problem.batch, problem.additional, problem.heads, std::max(problem.head_dim, problem.head_dim_v),
+  Geometry geometry = {{},
+                       problem.batch,
+                       problem.additional,
+                       problem.heads,
+                       std::max(problem.head_dim, problem.head_dim_v),
                        multiprocessors};
   static_assert(sizeof(geometry.axis) == sizeof(problem.axis));
   std::memcpy(geometry.axis.data(), problem.axis, sizeof(problem.axis));

@@ -40,16 +40,15 @@ __device__ __forceinline__ void schedule_tiles(const Parameters& p, SharedStorag
 
     const int head_kv = head / p.head_group;
     const auto fold = [&](const FoldUnits& units, int index, int head_index) {
-      return sum_lanes(is_axis   ? units.axis[a] * index
-                       : is_head ? units.head * head_index + units.batch * batch
-                                 : 0);
+      return sum_lanes(is_axis ? units.axis[a] * index : is_head ? units.head * head_index + units.batch * batch : 0);
     };
     const int query_fold = fold(p.query, group.q_first, head), out_fold = fold(p.out, group.q_first, head);
     const int key_fold = fold(p.key, group.kv_first, head_kv), value_fold = fold(p.value, group.kv_first, head_kv);
     const auto shape = [&](int count, int length) {
       return sum_lanes(is_axis && count < ceil_div(length, p.axis[a].dilation) ? 1 << a : 0);
     };
-    const int query_shape = shape(group.q_count, p.axis[a].q_length), key_shape = shape(group.kv_count, p.axis[a].kv_length);
+    const int query_shape = shape(group.q_count, p.axis[a].q_length),
+              key_shape = shape(group.kv_count, p.axis[a].kv_length);
 
     ptx::barrier_wait(shared.tile_empty[ring.slot], ring.parity ^ 1);
     TileRecord& record = shared.tile[ring.slot];
@@ -72,7 +71,7 @@ __device__ __forceinline__ void schedule_tiles(const Parameters& p, SharedStorag
     const int boxes = ceil_div(last_window.end - first_window.begin, p.key_box[a]);
     const int box_steps = __shfl_sync(kWarp, boxes, 0) * __shfl_sync(kWarp, boxes, 1) * __shfl_sync(kWarp, boxes, 2);
     // 64-bit offsets are summed by hand.
-    int64_t origin = is_axis   ? p.logsumexp_axis[a] * (group.q_first + static_cast<int64_t>(first) * p.axis[a].dilation)
+    int64_t origin = is_axis ? p.logsumexp_axis[a] * (group.q_first + static_cast<int64_t>(first) * p.axis[a].dilation)
                      : is_head ? p.logsumexp_head * head + p.logsumexp_batch * batch
                                : 0;
     origin += __shfl_xor_sync(kWarp, origin, 1);
@@ -84,7 +83,8 @@ __device__ __forceinline__ void schedule_tiles(const Parameters& p, SharedStorag
       if (a == p.pair_axis) {  // each warpgroup's own windows
         const int own_box = p.warpgroup_box[a];
         for (int w = 0; w < Config::kWarpgroups; ++w) {
-          const Range w0 = record.window[first_entry + w * own_box], w1 = record.window[first_entry + (w + 1) * own_box - 1];
+          const Range w0 = record.window[first_entry + w * own_box],
+                      w1 = record.window[first_entry + (w + 1) * own_box - 1];
           const bool live = first + w * own_box < group.q_count;
           record.needed_by[w] = {w0.begin, live ? w1.end : w0.begin};
           record.common_to[w] = {w1.begin, w0.end};
@@ -157,8 +157,9 @@ __device__ __forceinline__ int box_flags(const Parameters& p, const TileRecord& 
 
 // Masks of a tile's boxes, in step with the key loader. Lane i prepares step i of 32, as there.
 template <class Config>
-__device__ __forceinline__ void write_masks(const Parameters& p, const TileRecord& record, SharedStorage<Config>& shared,
-                                            const SlotWriter<Config>& writer, Ring<Config::kStages>& ring) {
+__device__ __forceinline__ void write_masks(const Parameters& p, const TileRecord& record,
+                                            SharedStorage<Config>& shared, const SlotWriter<Config>& writer,
+                                            Ring<Config::kStages>& ring) {
   constexpr int kIndexBits = 9;
   static_assert(kKeyVectors <= 1 << kIndexBits);
   const int lane = threadIdx.x % 32;
@@ -167,7 +168,8 @@ __device__ __forceinline__ void write_masks(const Parameters& p, const TileRecor
   const int count_x = record.box_count[0], count_y = record.box_count[1];
   for (int base = 0; base < steps; base += 32) {
     const int step = base + lane, row = step / count_x, plane = row / count_y;
-    const int x = (step - row * count_x) * p.key_box[0], y = (row - plane * count_y) * p.key_box[1], z = plane * p.key_box[2];
+    const int x = (step - row * count_x) * p.key_box[0], y = (row - plane * count_y) * p.key_box[1],
+              z = plane * p.key_box[2];
     const int flags =
         box_flags<Config>(p, record, record.key_begin[0] + x, record.key_begin[1] + y, record.key_begin[2] + z);
     int packed = vectors.x + x | vectors.y + y << kIndexBits | vectors.z + z << 2 * kIndexBits;
@@ -214,8 +216,8 @@ __device__ __forceinline__ void load_queries(const Parameters& p, const CUtensor
         ptx::barrier_arrive_expect(full, Config::kQueryBytes);
 #pragma unroll
         for (int chunk = 0; chunk < Config::kChunks; ++chunk, c.channel += Config::kChunk) {
-          ptx::tensor_load(shared.query[ring.slot][w] + chunk * kQueries * Config::kRowBytes, maps[record.query_shape], full,
-                           c);
+          ptx::tensor_load(shared.query[ring.slot][w] + chunk * kQueries * Config::kRowBytes, maps[record.query_shape],
+                           full, c);
         }
       }
     }
@@ -226,15 +228,15 @@ __device__ __forceinline__ void load_queries(const Parameters& p, const CUtensor
   });
 }
 
-// Loads keys, or values, box by box: x fastest, so that masks change along one axis most of the time. Lane i prepares and
-// issues step i of 32: divisions stay out of the chain of copies. The key loader also writes the step records.
+// Loads keys, or values, box by box: x fastest, so that masks change along one axis most of the time. Lane i prepares
+// and issues step i of 32: divisions stay out of the chain of copies. The key loader also writes the step records.
 template <class Config, bool kKeys>
-__device__ __forceinline__ void load_boxes(const Parameters& p, const CUtensorMap (&maps)[kGroupShapes], const CUtensorMap& additional_map,
-                                           SharedStorage<Config>& shared) {
+__device__ __forceinline__ void load_boxes(const Parameters& p, const CUtensorMap (&maps)[kGroupShapes],
+                                           const CUtensorMap& additional_map, SharedStorage<Config>& shared) {
   const int lane = threadIdx.x % 32;
   uint64_t* const full = kKeys ? shared.key_full : shared.value_full;
   uint64_t* const empty = kKeys ? shared.key_empty : shared.value_empty;
-  uint8_t(*const destination)[Config::kKeyBytes] = kKeys ? shared.key : shared.value;
+  uint8_t (*const destination)[Config::kKeyBytes] = kKeys ? shared.key : shared.value;
   Ring<Config::kStages> ring;
   for_each_tile(shared, [&](const TileRecord& record) {
     const int box_steps = record.box_steps, steps = box_steps + p.additional_steps;
@@ -248,7 +250,8 @@ __device__ __forceinline__ void load_boxes(const Parameters& p, const CUtensorMa
       StepRecord info;
       if (!additional) {
         const int row = step / count_x, plane = row / count_y;
-        c = {0, fold, record.key_begin[2] + plane * p.key_box[2], record.key_begin[1] + (row - plane * count_y) * p.key_box[1],
+        c = {0, fold, record.key_begin[2] + plane * p.key_box[2],
+             record.key_begin[1] + (row - plane * count_y) * p.key_box[1],
              record.key_begin[0] + (step - row * count_x) * p.key_box[0]};
         if constexpr (kKeys) {
           info = {c.x, c.y, c.z, box_flags<Config>(p, record, c.x, c.y, c.z)};
@@ -275,7 +278,8 @@ __device__ __forceinline__ void load_boxes(const Parameters& p, const CUtensorMa
 #pragma unroll
           for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
             c.channel = chunk * Config::kChunk;
-            ptx::tensor_load(destination[ring.slot] + chunk * Config::kKeys * Config::kRowBytes, *source, full[ring.slot], c);
+            ptx::tensor_load(destination[ring.slot] + chunk * Config::kKeys * Config::kRowBytes, *source,
+                             full[ring.slot], c);
           }
         }
         __syncwarp();

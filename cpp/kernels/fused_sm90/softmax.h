@@ -18,8 +18,8 @@ struct Softmax {
   }
 
   // Replaces raw scores by exp2((score - maximum) * scale_log2). The maximum follows only when it grew by more than
-  // `slack` (in raw scores) in some row of the warp: until then the exponentials stay below 2^8, which fp32 sums and both
-  // 16-bit types hold without loss.
+  // `slack` (in raw scores) in some row of the warp: until then the exponentials stay below 2^8, which fp32 sums and
+  // both 16-bit types hold without loss.
   template <int kCount>
   __device__ __forceinline__ void update(float (&scores)[kCount], float scale_log2, float slack) {
     float step_maximum[2];
