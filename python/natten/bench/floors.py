@@ -120,10 +120,10 @@ def measure_ceilings(device: torch.device) -> Ceilings:
         dtype = DTYPES["float32" if name == "tf32" else name]
         a = torch.randn(extent, extent, dtype=dtype, device=device)
         b = torch.randn(extent, extent, dtype=dtype, device=device)
-        previous = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        previous = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
         try:
             rates[name] = 2e-9 * extent**3 / measure(partial(torch.matmul, a, b), device).ms
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = previous
+            torch.backends.cuda.matmul.fp32_precision = previous
     return Ceilings(bandwidth, rates)
