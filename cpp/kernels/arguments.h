@@ -17,7 +17,8 @@ constexpr int kAllowTf32 = 1;
 constexpr int kDeterministic = 2;
 
 // Heads-last tensor [B, X, Y, Z, H, C]: strides in elements, channel stride 1. `data` is null when absent.
-// Tensors without a channel axis (logsumexp) keep the same fields. Additional keys [B, S, H, C] use axis_stride[2] for S.
+// Tensors without a channel axis (logsumexp) keep the same fields. Additional keys [B, S, H, C] use axis_stride[2] for
+// S.
 struct TensorView {
   void* data;
   int64_t batch_stride;
@@ -67,15 +68,16 @@ struct BackwardArguments {
 // position begin + w of the query's window. Slots past a window's end (causal, or kernel_size -1 over ragged dilation
 // groups) hold -inf after qk and are ignored as inputs.
 //   qk:         attention[i, w] = scale * query[i] . key[begin(i) + w]  (+ rpb[h, t - p + k - 1 per axis])
-//   av:         out[i] = scale * sum_w attention[i, w] value[begin(i) + w]                          (K/V head h / group)
-//   inverse_av: out[j] = scale * sum over queries i that see j of attention[i, j - begin(i)] input[i]  (summed over the
+//   av:         out[i] = scale * sum_w attention[i, w] value[begin(i) + w]                          (K/V head h /
+//   group) inverse_av: out[j] = scale * sum over queries i that see j of attention[i, j - begin(i)] input[i]  (summed
+//   over the
 //               query heads of a K/V head)
 // Uses of the fields: qk(a = query [H, D], b = key [Hkv, D], c = attention), av(a = attention, b = value [Hkv, D],
 // c = out [H, D]), inverse_av(a = attention, b = input [H, D], c = out [Hkv, D]). D is problem.head_dim.
 struct UnfusedArguments {
   Problem problem;
   TensorView a, b, c;
-  const void* rpb;  // [H, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1] contiguous, in the problem's type; null without bias
+  const void* rpb;   // [H, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1] contiguous, in the problem's type; null without bias
   int slots[kAxes];  // window slots per axis; their product is K
 };
 

@@ -2,6 +2,8 @@
 // support); the CUDA ones launch on `stream` of the current device and return without waiting.
 #pragma once
 
+#include <vector>
+
 #include "kernels/arguments.h"
 
 namespace natten {
@@ -22,6 +24,9 @@ void qk(const UnfusedArguments&);
 void av(const UnfusedArguments&);
 void inverse_av(const UnfusedArguments&);
 const char* instruction_set();
+// What the kernel chooses for a problem without a plan, in the numbers that `plan` takes; for explanations.
+std::vector<int> forward_plan(
+    const Problem&);  // rows and columns of a tile of queries, key rows folded into one vector
 }  // namespace cpu
 
 namespace naive {
@@ -42,11 +47,13 @@ void inverse_av(const UnfusedArguments&, void* stream);
 namespace fused_sm80 {
 void forward(const ForwardArguments&, void* stream);
 void backward(const BackwardArguments&, void* stream);
+std::vector<int> forward_plan(const Problem&);  // variant, query tile (3), key box (3); for the current device
 }  // namespace fused_sm80
 
 namespace fused_sm90 {
 void forward(const ForwardArguments&, void* stream);
 void backward(const BackwardArguments&, void* stream);
+std::vector<int> forward_plan(const Problem&);  // fused_sm90::Schedule; for the current device
 }  // namespace fused_sm90
 
 }  // namespace natten

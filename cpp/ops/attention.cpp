@@ -27,8 +27,8 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
                      const std::vector<int64_t>& plan) {
   Problem problem{};
   const int rank = int(window.size() / 7);
-  check(query.dim() == rank + 3 && key.dim() == rank + 3 && value.dim() == rank + 3,
-        "query, key and value must have ", rank + 3, " dimensions for a window of rank ", rank);
+  check(query.dim() == rank + 3 && key.dim() == rank + 3 && value.dim() == rank + 3, "query, key and value must have ",
+        rank + 3, " dimensions for a window of rank ", rank);
   problem.type = scalar_type(query, "query");
   problem.batch = query.size(0);
   problem.heads = int(query.size(rank + 1));

@@ -33,11 +33,16 @@ TensorView additional_view(const std::optional<Tensor>& tensor) { return view(te
 ScalarType scalar_type(const Tensor& tensor, const char* name) {
   using Torch = torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
-    case Torch::Double: return ScalarType::float64;
-    case Torch::Float: return ScalarType::float32;
-    case Torch::Half: return ScalarType::float16;
-    case Torch::BFloat16: return ScalarType::bfloat16;
-    default: check(false, name, " must be float64, float32, float16 or bfloat16");
+    case Torch::Double:
+      return ScalarType::float64;
+    case Torch::Float:
+      return ScalarType::float32;
+    case Torch::Half:
+      return ScalarType::float16;
+    case Torch::BFloat16:
+      return ScalarType::bfloat16;
+    default:
+      check(false, name, " must be float64, float32, float16 or bfloat16");
   }
   return ScalarType::float32;
 }
@@ -46,7 +51,8 @@ static void check_shape_and_device(const Tensor& tensor, const char* name, const
                                    const Tensor& like) {
   check(tensor.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(), " dimensions, found ", tensor.dim());
   for (size_t i = 0; i < sizes.size(); ++i)
-    check(tensor.size(i) == sizes[i], name, " must have size ", sizes[i], " in dimension ", i, ", found ", tensor.size(i));
+    check(tensor.size(i) == sizes[i], name, " must have size ", sizes[i], " in dimension ", i, ", found ",
+          tensor.size(i));
   check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
         " must be on the device of the first argument");
 }
@@ -77,13 +83,13 @@ void fill_window(Problem& problem, const std::vector<int64_t>& window, const int
   for (int a = 0; a < problem.rank; ++a) {
     const int64_t* w = window.data() + 7 * a;
     Axis& axis = problem.axis[kAxes - problem.rank + a];
-    axis = {to_int(w[0], "kernel_size"), to_int(w[1], "stride"),  to_int(w[2], "dilation"),     w[3] != 0,
-            to_int(w[6], "extent"),      to_int(w[4], "q_start"), to_int(q_grid[a], "queries"), to_int(w[5], "kv_start"),
-            to_int(kv_grid[a], "keys")};
+    axis = {
+        to_int(w[0], "kernel_size"), to_int(w[1], "stride"),  to_int(w[2], "dilation"),     w[3] != 0,
+        to_int(w[6], "extent"),      to_int(w[4], "q_start"), to_int(q_grid[a], "queries"), to_int(w[5], "kv_start"),
+        to_int(kv_grid[a], "keys")};
     check(axis.extent >= 1 && axis.dilation >= 1 && axis.stride >= 1, "extent, dilation and stride must be at least 1");
     check(axis.dilation <= axis.extent, "dilation must not exceed the extent, found ", axis.dilation);
-    check(axis.kernel_size == -1 ||
-              (axis.kernel_size >= 1 && int64_t(axis.kernel_size) * axis.dilation <= axis.extent),
+    check(axis.kernel_size == -1 || (axis.kernel_size >= 1 && int64_t(axis.kernel_size) * axis.dilation <= axis.extent),
           "kernel_size * dilation must be between 1 and the extent ", axis.extent, ", found ", axis.kernel_size, " * ",
           axis.dilation);
     check(axis.stride <= (axis.kernel_size < 0 ? ceil_div(axis.extent, axis.dilation) : axis.kernel_size),

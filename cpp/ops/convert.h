@@ -22,8 +22,10 @@ void check(bool condition, const Parts&... parts) {
   if (condition) return;
   std::string message = "natten: ";
   auto append = [&message](const auto& part) {
-    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) message += std::to_string(part);
-    else message += part;
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>)
+      message += std::to_string(part);
+    else
+      message += part;
   };
   (append(parts), ...);
   throw std::invalid_argument(message);

@@ -99,7 +99,8 @@ NATTEN_HOST_DEVICE int first_window_from(const Group& g, int t) {
   return first_with_leader(g, t + g.kernel_size / 2, g.stride / 2);
 }
 
-// Query positions whose windows contain key position t: the inverse of `window`, a range because both ends are monotone.
+// Query positions whose windows contain key position t: the inverse of `window`, a range because both ends are
+// monotone.
 NATTEN_HOST_DEVICE Range inverse_window(const Group& g, int t) {
   const int begin = g.causal ? t : first_window_from(g, t - g.kernel_size + 1);
   return {begin, first_window_from(g, t + 1)};

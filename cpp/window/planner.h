@@ -1,8 +1,8 @@
 // Chooses the shapes of query tiles and key boxes for a problem from the simulated share of useful scores.
 //
-// A kernel that gives a block `q_tokens` queries (a box in the grid) and walks the keys in boxes of `kv_tokens` computes
-// q_tokens * kv_tokens scores per box, useful or not. How many boxes a tile meets along one axis depends on that
-// axis alone, so the number of (tile, box) pairs is a product over axes, and so is the number of full ones.
+// A kernel that gives a block `q_tokens` queries (a box in the grid) and walks the keys in boxes of `kv_tokens`
+// computes q_tokens * kv_tokens scores per box, useful or not. How many boxes a tile meets along one axis depends on
+// that axis alone, so the number of (tile, box) pairs is a product over axes, and so is the number of full ones.
 #pragma once
 
 #include <array>
@@ -44,13 +44,14 @@ inline AxisPairs simulate_axis(const Axis& axis, int q_tile, int kv_tile, int mo
 }
 
 struct PlannerLimits {
-  int q_tokens;            // product of the query tile
-  int kv_tokens;           // product of the key box
-  int kv_innermost;        // the key box's innermost extent is a multiple of this power of two
-  double partial_charge;   // cost of masking a box, as a share of computing it
+  int q_tokens;           // product of the query tile
+  int kv_tokens;          // product of the key box
+  int kv_innermost;       // the key box's innermost extent is a multiple of this power of two
+  double partial_charge;  // cost of masking a box, as a share of computing it
 };
 
-// All tokens counts are powers of two. Returns the cheapest shape; ties go to the longer innermost extent (longer contiguous runs).
+// All tokens counts are powers of two. Returns the cheapest shape; ties go to the longer innermost extent (longer
+// contiguous runs).
 inline TileShape plan_tiles(const Axis (&axes)[kAxes], const PlannerLimits& limits) {
   constexpr int kMostLog = 9;  // tiles of up to 256 tokens per axis
   std::array<std::array<std::array<AxisPairs, kMostLog>, kMostLog>, kAxes> pairs;
@@ -76,7 +77,10 @@ inline TileShape plan_tiles(const Axis (&axes)[kAxes], const PlannerLimits& limi
             int lq = 0, lk = 0;
             while ((1 << lq) < q[a]) ++lq;
             while ((1 << lk) < kv[a]) ++lk;
-            if (lq >= kMostLog || lk >= kMostLog) { all = -1; break; }
+            if (lq >= kMostLog || lk >= kMostLog) {
+              all = -1;
+              break;
+            }
             const AxisPairs p = trivial[a] ? AxisPairs{1, q[a] == 1 && kv[a] == 1 ? 1. : 0.} : pairs[a][lq][lk];
             all *= p.all;
             full *= p.full;

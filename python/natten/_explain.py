@@ -15,6 +15,54 @@ from natten.types import CausalFlag, Dimension
 
 __all__ = ["Explanation", "explain"]
 
+#: What the numbers of a kernel's plan mean (`forward_plan` of each family in cpp/kernels).
+_PLAN_FIELDS = {
+    Kernel.cpu: (("tile rows", 1), ("tile columns", 1), ("key rows in a vector", 1)),
+    Kernel.fused_sm80: (("variant", 1), ("query tile", 3), ("key box", 3)),
+    Kernel.fused_sm90: (
+        ("keys a step", 1),
+        ("warpgroups", 1),
+        ("blocks a multiprocessor", 1),
+        ("query box", 3),
+        ("key box", 3),
+        ("pair axis", 1),
+    ),
+}
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # natten::ScalarType
+
+
+def _with_plan(decision: Decision, problem: Problem) -> Decision:
+    """The decision with the plan that the kernel will make, where it can be asked: on the device it is for."""
+    ready = problem.device.type == "cpu" or (problem.device.type == "cuda" and torch.cuda.is_available())
+    if decision.kernel not in _PLAN_FIELDS or decision.plan or not ready or problem.is_symbolic:
+        return decision
+    with torch.cuda.device(problem.device if problem.device.type == "cuda" else -1):
+        plan = torch.ops.natten.forward_plan(
+            int(decision.kernel),
+            problem.window,
+            problem.q_grid,
+            problem.kv_grid,
+            problem.batch,
+            problem.heads,
+            problem.heads_kv,
+            problem.head_dim,
+            problem.head_dim_v,
+            problem.additional,
+            _TYPES.index(problem.dtype),
+            problem.flags,
+        )
+    return replace(decision, plan=tuple(plan))
+
+
+def _plan_text(decision: Decision) -> str:
+    values = iter(decision.plan)
+    fields = [
+        f"{name} {'x'.join(str(next(values)) for _ in range(count))}"
+        for name, count in _PLAN_FIELDS.get(decision.kernel, ())
+        if decision.plan
+    ]
+    return ", ".join(fields) or "left to the kernel"
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -57,8 +105,7 @@ class Explanation:
                     cost += f", {candidate.memory_bytes / 2**20:.4g} MiB of scratch memory"
                 verdict = f"rejected: {candidate.rejected}" if candidate.rejected else cost
                 lines.append(f"  {mark} {candidate.kernel.name:<11}{verdict}")
-            plan = ", ".join(map(str, decision.plan)) or "left to the kernel"
-            lines.append(f"     plan: {plan}; workspace: {decision.workspace_bytes} bytes")
+            lines.append(f"     plan: {_plan_text(decision)}; workspace: {decision.workspace_bytes} bytes")
         return "\n".join(lines)
 
 
@@ -133,6 +180,8 @@ def explain(
         )
     forced = forced_kernel(kernel, backend, device)
     decisions = [choose(problem, Operation.forward, forced, capability, requires_grad)]
+    if capability is None:
+        decisions[0] = _with_plan(decisions[0], problem)
     if requires_grad and not decisions[0].family.composite:
         if forced is not None and Operation.backward not in FAMILIES[forced].operations:
             forced = None

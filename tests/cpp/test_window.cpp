@@ -9,11 +9,15 @@
 using namespace natten;
 
 static int failures = 0;
-#define EXPECT(condition, ...)                                                   \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      if (++failures <= 10) { std::printf("FAILED %s: ", #condition); std::printf(__VA_ARGS__); std::printf("\n"); } \
-    }                                                                            \
+#define EXPECT(condition, ...)                  \
+  do {                                          \
+    if (!(condition)) {                         \
+      if (++failures <= 10) {                   \
+        std::printf("FAILED %s: ", #condition); \
+        std::printf(__VA_ARGS__);               \
+        std::printf("\n");                      \
+      }                                         \
+    }                                           \
   } while (0)
 
 // The definition, written on global coordinates and sharing nothing with window/axis.h.
@@ -59,11 +63,13 @@ static void check_axis(const Axis& a) {
     keys += g.kv_count;
     for (int u = 0; u < g.q_count; ++u) {
       const int local = g.q_first + u * a.dilation, global = a.q_start + local;
-      EXPECT(local < a.q_length && global % a.dilation == group && global / a.dilation == g.q_position + u, "query %d", u);
+      EXPECT(local < a.q_length && global % a.dilation == group && global / a.dilation == g.q_position + u, "query %d",
+             u);
     }
     for (int u = 0; u < g.kv_count; ++u) {
       const int local = g.kv_first + u * a.dilation, global = a.kv_start + local;
-      EXPECT(local < a.kv_length && global % a.dilation == group && global / a.dilation == g.kv_position + u, "key %d", u);
+      EXPECT(local < a.kv_length && global % a.dilation == group && global / a.dilation == g.kv_position + u, "key %d",
+             u);
     }
     Range last{0, 0};
     for (int p = 0; p < g.length; ++p) {
@@ -72,10 +78,10 @@ static void check_axis(const Axis& a) {
       last = w;
       for (int t = 0; t < g.length; ++t) {
         const bool expected = attends(a, p * a.dilation + group, t * a.dilation + group);
-        EXPECT(w.contains(t) == expected, "window L %d k %d s %d d %d causal %d p %d t %d", a.extent, a.kernel_size, a.stride,
-               a.dilation, a.causal, p, t);
-        EXPECT(inverse_window(g, t).contains(p) == expected, "inverse L %d k %d s %d d %d causal %d p %d t %d", a.extent,
-               a.kernel_size, a.stride, a.dilation, a.causal, p, t);
+        EXPECT(w.contains(t) == expected, "window L %d k %d s %d d %d causal %d p %d t %d", a.extent, a.kernel_size,
+               a.stride, a.dilation, a.causal, p, t);
+        EXPECT(inverse_window(g, t).contains(p) == expected, "inverse L %d k %d s %d d %d causal %d p %d t %d",
+               a.extent, a.kernel_size, a.stride, a.dilation, a.causal, p, t);
       }
     }
     for (int first = 0; first < g.length; ++first)
@@ -110,7 +116,10 @@ static void check_simulation(const Axis& axis, int q_tile, int kv_tile) {
     int first = g.length, last = 0;
     for (int p = q; p < end; ++p)
       for (int t = 0; t < g.length; ++t)
-        if (window(g, p).contains(t)) { if (t < first) first = t; if (t >= last) last = t + 1; }
+        if (window(g, p).contains(t)) {
+          if (t < first) first = t;
+          if (t >= last) last = t + 1;
+        }
     for (int box = first; box < last; box += kv_tile) {
       bool every = true;
       for (int p = q; p < end; ++p)

@@ -12,7 +12,18 @@ constexpr int kForwardSoftmax = 18, kBackwardSoftmax = 20;
 // Additional keys of one tile.
 constexpr int kAdditionalTile = 8;
 
+TileShape forward_tile(const Context& context) {
+  const Problem& problem = context.problem;
+  const TileWork work{problem.head_dim, context.vectors(problem.head_dim_v), kForwardSoftmax};
+  return context.tile_shape(Stationary::queries, work, true);
+}
+
 }  // namespace
+
+std::vector<int> forward_plan(const Problem& problem) {
+  const TileShape shape = forward_tile(Context(problem));
+  return {shape.rows, shape.columns, shape.fold};
+}
 
 void forward(const ForwardArguments& arguments) {
   const Context context(arguments.problem);
@@ -20,7 +31,7 @@ void forward(const ForwardArguments& arguments) {
   const int d = problem.head_dim, dv = problem.head_dim_v;
   const int additional = static_cast<int>(problem.additional);
   const int lanes = context.kernels.lanes;
-  const TileShape shape = context.tile_shape(Stationary::queries, {d, context.vectors(dv), kForwardSoftmax}, true);
+  const TileShape shape = forward_tile(context);
   const Tiling tiling(context.groups, Stationary::queries, shape);
   const PackedLayout layout(context.groups, Stationary::queries, shape.fold, lanes),
       additional_layout(additional, lanes);

@@ -13,7 +13,22 @@ TilePlan forward_plan(const Problem& problem, const KernelEntry (&entries)[kVari
   return read_plan(problem.plan.values, problem, Side::queries, entries);
 }
 
+void forward_entries(const Problem& problem, KernelEntry (&entries)[kVariants]) {
+  visit_types(problem, [&](auto element, auto head_dim) {
+    for (Variant v : {Variant::wide, Variant::narrow})
+      entries[int(v)] = forward_entry<decltype(element), head_dim()>(v);
+  });
+}
+
 }  // namespace
+
+std::vector<int> forward_plan(const Problem& problem) {
+  KernelEntry entries[kVariants];
+  forward_entries(problem, entries);
+  const TilePlan tiles = forward_plan(problem, entries);
+  return {int(tiles.variant), tiles.owned[0],  tiles.owned[1], tiles.owned[2],
+          tiles.walked[0],    tiles.walked[1], tiles.walked[2]};
+}
 
 void forward(const ForwardArguments& arguments, void* stream) {
   const Problem& problem = arguments.problem;
@@ -35,10 +50,7 @@ void forward(const ForwardArguments& arguments, void* stream) {
     p.additional_value = make_additional(arguments.additional_values, 2);
   }
   KernelEntry entries[kVariants];
-  visit_types(problem, [&](auto element, auto head_dim) {
-    for (Variant v : {Variant::wide, Variant::narrow})
-      entries[int(v)] = forward_entry<decltype(element), head_dim()>(v);
-  });
+  forward_entries(problem, entries);
   const TilePlan tiles = forward_plan(problem, entries);
   launch(entries[int(tiles.variant)], p, problem, Side::queries, tiles, 1, static_cast<cudaStream_t>(stream),
          "fused_sm80 forward");
