@@ -115,7 +115,8 @@ bool bias_fits(const Group (&group)[kAxes], const Variant& v, const Schedule& s)
   int vectors = 0, boxes = 1;
   for (int a = 0; a < kAxes; ++a) {
     const int copies = a == s.pair_axis ? s.warpgroups : 1;
-    const int keys = std::min(group[a].kernel_size + box[a] * copies + group[a].stride, group[a].kv_count);
+    // Other groups may have one key more.
+    const int keys = std::min(group[a].kernel_size + box[a] * copies + group[a].stride, group[a].kv_count) + 1;
     vectors += ceil_div(keys, s.key_box[a]) * s.key_box[a] * copies;
     boxes *= ceil_div(keys, s.key_box[a]);
   }
