@@ -1,15 +1,14 @@
 """The build backend: scikit-build-core, plus the CUDA compiler from PyPI where it is needed.
 
-CUDA kernels are built when ``NATTEN_CUDA_ARCHS`` asks for them (unset: when a GPU is seen; see docs/install.md). If the machine has no
-``nvcc`` then, the pinned compiler packages are added to what the isolated build installs. They come to this build alone:
-machines with a CUDA toolkit, and CPU-only builds, download nothing.
+CUDA kernels are built when ``NATTEN_CUDA_ARCHS`` asks for them (unset: when a GPU is seen; see docs/install.md). If the
+machine has no ``nvcc`` then, the pinned compiler packages are added to what the isolated build installs. Machines with a
+CUDA toolkit, and CPU-only builds, download nothing.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scikit_build_core import build as _backend
@@ -24,7 +23,7 @@ __all__ = [
     "get_requires_for_build_wheel",
 ]
 
-Settings = Mapping[str, "str | Sequence[str] | bool"] | None
+Settings = dict[str, "str | list[str]"] | None
 
 
 def _compiler_requirements() -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks a built wheel: its tag, what it contains, and that the library needs nothing but torch >= 2.10 and the C library.
+"""Checks a built wheel: its tag, its files, and that the library needs nothing but torch >= 2.10 and the C library.
 
     python tools/check_wheel.py wheelhouse/natten-*.whl [--smoke]
 
@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 60 * 2**20
-NEEDED = {"libtorch.so", "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
+C_LIBRARY = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
+NEEDED = {"libtorch.so", "libgcc_s.so.1"} | C_LIBRARY
 # Found by the dynamic linker when present; null otherwise.
 WEAK = {"__gmon_start__", "__cxa_pure_virtual", "aoti_torch_get_current_cuda_stream"}
 
@@ -47,7 +48,7 @@ def check_library(library: Path) -> list[str]:
     stable = set((ROOT / "tools" / "stable_abi_2_10.txt").read_text().split())
     for line in tool_lines("nm", "-D", "--undefined-only", str(library)):
         kind, symbol = line.split()[-2:]
-        if "@GLIBC" in symbol or symbol in stable:
+        if "@GLIBC" in symbol or "@GCC_" in symbol or symbol in stable:
             continue
         if kind in "wv" and (symbol in WEAK or symbol.startswith(("_ITM_", "_ZGTt"))):
             continue
