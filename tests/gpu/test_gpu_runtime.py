@@ -68,7 +68,9 @@ def test_key_outside_a_window_changes_nothing(kernel: Kernel, device: torch.devi
         touched = shares if name in ("grad_key", "grad_value") else sees
         rest = torch.ones(400, dtype=torch.bool, device=device)
         rest[touched] = False
-        torch.testing.assert_close(theirs[:, rest], ours[:, rest], msg=lambda text, name=name: f"{name}: {text}")
+        # A leak would be of the order of 300; sums in another order may differ by a rounding.
+        close = {"atol": 5e-3, "rtol": 5e-3, "msg": lambda text, name=name: f"{name}: {text}"}
+        torch.testing.assert_close(theirs[:, rest], ours[:, rest], **close)
         assert not torch.equal(theirs[:, place], ours[:, place])
 
 
