@@ -44,8 +44,8 @@ class Family:
     aligned: bool = False
     #: Whether strides must be positive as well: expanded tensors are copied first.
     positive_strides: bool = False
-    #: Whether the scale must be positive.
-    positive_scale: bool = False
+    #: The scale must lie between these, where given.
+    scale_bounds: tuple[float, float] | None = None
     #: Whether fused attention is composed of qk, softmax and av, and stores the attention weights.
     composite: bool = False
     #: Bytes of scratch memory that `backward` needs.
@@ -119,7 +119,7 @@ FAMILIES: Mapping[Kernel, Family] = {
             exact_capability=(9, 0),
             aligned=True,
             positive_strides=True,
-            positive_scale=True,
+            scale_bounds=(1e-6, 5e5),  # masked scores are finite, and vanish after scaling
         ),
     )
 }
@@ -298,8 +298,8 @@ def _rejection(
             return f"needs a {name} that is a multiple of {family.head_dim_multiple}, not {size}"
         if family.head_dim_maximum is not None and size > family.head_dim_maximum:
             return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
-    if family.positive_scale and problem.scale <= 0:
-        return f"needs a positive scale, not {problem.scale}"
+    if family.scale_bounds is not None and not family.scale_bounds[0] <= problem.scale <= family.scale_bounds[1]:
+        return f"needs a scale from {family.scale_bounds[0]:g} to {family.scale_bounds[1]:g}, not {problem.scale}"
     if family.device == "cuda":
         return architecture or _capability_problem(family, capability)
     return None

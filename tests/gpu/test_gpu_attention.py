@@ -19,7 +19,7 @@ def drawn(kernel: Kernel, dtype: torch.dtype, additional: bool = True) -> st.Sea
     """Any problem that the kernel takes. Explicit scales are relative to the default one: logits of tens, as a scale of
     1.5 makes at head dim 128, would turn the rounding of any logit into a relative error of its weight.
     """
-    positive = FAMILIES[kernel].positive_scale
+    positive = FAMILIES[kernel].scale_bounds is not None
 
     def relative(case: Case) -> Case:
         if case.scale is None or (positive and case.scale <= 0):

@@ -144,7 +144,26 @@ void allow_shared_memory(const KernelInfo& kernel, int variant, ScalarType type,
   devices.fetch_or(bit, std::memory_order_relaxed);
 }
 
+int current_device() {
+  int device;
+  check_cuda(cudaGetDevice(&device), kName);
+  return device;
+}
+
+int multiprocessor_count(int device) {
+  int count;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), kName);
+  return count;
+}
+
 }  // namespace
+
+std::vector<int> forward_plan(const Problem& problem) {
+  if (const char* why = check_problem(problem)) refuse(why);
+  const Schedule s = choose_schedule(problem, multiprocessor_count(current_device()));
+  return {s.keys,       s.warpgroups, s.blocks,     s.warpgroup_box[0], s.warpgroup_box[1], s.warpgroup_box[2],
+          s.key_box[0], s.key_box[1], s.key_box[2], s.pair_axis};
+}
 
 const char* why_unsupported(const ForwardArguments& arguments) {
   FoldedTensors folded;
@@ -155,9 +174,7 @@ const char* why_unsupported(const ForwardArguments& arguments) {
 void forward(const ForwardArguments& arguments, void* stream) {
   if (no_queries(arguments.problem)) return;
   if (const char* why = check_problem(arguments.problem)) refuse(why);
-  int device, multiprocessors;
-  check_cuda(cudaGetDevice(&device), kName);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
+  const int device = current_device(), multiprocessors = multiprocessor_count(device);
   ForwardArguments a = arguments;
   const Problem& problem = a.problem;
   Schedule schedule = choose_schedule(problem, multiprocessors);
