@@ -4,8 +4,12 @@
 
 `halo` is `natten.distributed`: keys and values of the windows' halos travel. `all-to-all` (Ulysses) turns shards of the
 grid into shards of heads and back. `all-gather` collects every key and value on every GPU. All three run the same
-kernels on the same volume, cut along its first axis, in one run. `exchange_ms` is the communication alone, `compute_ms`
-the attention of the shard with its halo already there; what the sum exceeds the whole by is hidden.
+kernels on the same volume, cut along its first axis. `exchange_ms` is the communication alone, `compute_ms` the
+attention of the shard with its halo already there; what the sum exceeds the whole by is hidden. `difference` is the
+relative difference of output and gradients from those of the halo.
+
+What was measured is written even when a way fails or the time limit ends the run. `--device cpu` tries the program out
+(gloo, float32; choose a small problem).
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import json
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +29,48 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 import natten
 from natten import _pieces, distributed
-from natten.bench.report import circumstances
-
-WINDOW = (18, 24, 24)
+from natten.bench.report import circumstances, write_json
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class Volume:
+    """The problem on some of the GPUs, cut along the first axis."""
+
+    extent: tuple[int, ...]
+    window: tuple[int, ...]
+    mesh: DeviceMesh
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group()
+
+    @property
+    def gpus(self) -> int:
+        return self.mesh.size()
 
 
-def timed(call: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds of a call that every rank makes; the slowest rank's."""
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], object], repeats: int, device: torch.device, group: dist.ProcessGroup) -> float:
+    """Median milliseconds of a call that every rank makes, the slowest rank's: from an idle GPU to an idle GPU."""
     call()
     samples = []
     for _ in range(repeats):
-        dist.barrier()
-        torch.cuda.synchronize()
-        start, end = _event(), _event()
-        start.record()
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # all ranks are here
+        synchronize(device)
+        begin = time.perf_counter()
         call()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(end))
-    slowest = torch.tensor([statistics.median(samples)], device="cuda")
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        synchronize(device)
+        samples.append(1e3 * (time.perf_counter() - begin))
+    slowest = torch.tensor([statistics.median(samples)], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     return float(slowest)
 
 
@@ -58,169 +78,238 @@ class AllToAll(torch.autograd.Function):
     """Shards along dimension `split` become shards along dimension `join`; its derivative is the way back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, split: int, join: int) -> Tensor:
-        ctx.dimensions = split, join
-        return _all_to_all(tensor, split, join)
+    def forward(ctx: Any, tensor: Tensor, split: int, join: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = join, split, group
+        parts = (group.size(), tensor.shape[join] // group.size())
+        outgoing = tensor.reshape(*tensor.shape[:join], *parts, *tensor.shape[join + 1 :]).movedim(join, 0).contiguous()
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=group)
+        return incoming.movedim(0, split).flatten(split, split + 1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        split, join = ctx.dimensions
-        return _all_to_all(gradient, join, split), None, None
-
-
-def _all_to_all(tensor: Tensor, split: int, join: int) -> Tensor:
-    outgoing = [part.contiguous() for part in tensor.chunk(dist.get_world_size(), join)]
-    incoming = [torch.empty_like(outgoing[0]) for _ in outgoing]
-    dist.all_to_all(incoming, outgoing)
-    return torch.cat(incoming, split)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return AllToAll.apply(gradient, *ctx.way_back), None, None, None  # type: ignore[no-untyped-call]
 
 
 class AllGather(torch.autograd.Function):
-    """Every rank's shard along the first axis; backward sums and scatters."""
+    """Every rank's shard along the first axis, of a batch of 1; backward sums and scatters."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts, 1)
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = tensor.new_empty((group.size() * tensor.shape[1], *tensor.shape[2:]))
+        dist.all_gather_into_tensor(whole, tensor[0].contiguous(), group=group)
+        return whole.unsqueeze(0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        parts = [part.contiguous() for part in gradient.chunk(dist.get_world_size(), 1)]
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter(mine, parts)
-        return mine
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        mine = gradient.new_empty((gradient.shape[1] // ctx.group.size(), *gradient.shape[2:]))
+        dist.reduce_scatter_tensor(mine, gradient[0].contiguous(), group=ctx.group)
+        return mine.unsqueeze(0), None
 
 
-def halo(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, extent: tuple[int, ...]) -> Tensor:
-    out = distributed.neighborhood_attention(q, k, v, WINDOW, mesh=mesh, sharding=(0,), extent=extent, validate=False)
+def halo(q: Tensor, k: Tensor, v: Tensor, volume: Volume) -> Tensor:
+    out = distributed.neighborhood_attention(
+        q, k, v, volume.window, mesh=volume.mesh, sharding=(0,), extent=volume.extent, validate=False
+    )
     assert isinstance(out, Tensor)
     return out
 
 
-def ulysses(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, extent: tuple[int, ...]) -> Tensor:
-    q, k, v = (AllToAll.apply(t, 1, 4) for t in (q, k, v))  # type: ignore[no-untyped-call]
-    out: Tensor = AllToAll.apply(natten.na3d(q, k, v, WINDOW), 4, 1)  # type: ignore[no-untyped-call]
+def ulysses(q: Tensor, k: Tensor, v: Tensor, volume: Volume) -> Tensor:
+    q, k, v = (AllToAll.apply(t, 1, 4, volume.group) for t in (q, k, v))  # type: ignore[no-untyped-call]
+    out: Tensor = AllToAll.apply(natten.na3d(q, k, v, volume.window), 4, 1, volume.group)  # type: ignore[no-untyped-call]
     return out
 
 
-def gathered(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, extent: tuple[int, ...]) -> Tensor:
-    start = q.shape[1] * dist.get_rank()
-    k, v = AllGather.apply(k), AllGather.apply(v)  # type: ignore[no-untyped-call]
-    out = natten.na3d(q, k, v, WINDOW, q_start=(start, 0, 0), kv_start=(0, 0, 0), extent=extent)
-    assert isinstance(out, Tensor)
-    return out
+def gathered(q: Tensor, k: Tensor, v: Tensor, volume: Volume) -> Tensor:
+    start = q.shape[1] * volume.mesh.get_local_rank()
+    k, v = (AllGather.apply(t, volume.group) for t in (k, v))  # type: ignore[no-untyped-call]
+    return natten.na3d(q, k, v, volume.window, q_start=(start, 0, 0), kv_start=(0, 0, 0), extent=volume.extent)
 
 
 WAYS = {"halo": halo, "all-to-all": ulysses, "all-gather": gathered}
 
 
-def received_bytes(way: str, shard: Tensor, extent: tuple[int, ...]) -> int:
+def received_bytes(way: str, shard: Tensor, volume: Volume) -> int:
     """Most bytes that a rank receives in the forward pass."""
-    world, token = dist.get_world_size(), shard.shape[0] * shard.shape[-2] * shard.shape[-1] * shard.element_size()
+    gpus, token = volume.gpus, shard.shape[0] * shard.shape[-2] * shard.shape[-1] * shard.element_size()
     if way == "halo":
-        return max(distributed.halo_bytes(extent, WINDOW, shards=(world, 1, 1), bytes_per_token=2 * token))
-    whole = math.prod(extent) * token
-    if way == "all-gather":
-        return 2 * whole * (world - 1) // world
-    return 4 * whole * (world - 1) // world**2
+        shards = (gpus, 1, 1)
+        return max(distributed.halo_bytes(volume.extent, volume.window, shards=shards, bytes_per_token=2 * token))
+    whole = math.prod(volume.extent) * token
+    return (2 * whole * (gpus - 1) // gpus) if way == "all-gather" else (4 * whole * (gpus - 1) // gpus**2)
 
 
-def measure(rank: int, world: int, store: str, options: argparse.Namespace, output: str) -> None:
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world)
-    mesh = init_device_mesh("cuda", (world,))
-    extent = tuple(options.extent)
-    shape = (1, extent[0] // world, *extent[1:], options.heads, options.head_dim)
-    q, k, v, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+def difference(results: list[Tensor], expected: list[Tensor], group: dist.ProcessGroup) -> list[float]:
+    """Relative differences of whole tensors in the Frobenius norm."""
+    squares = torch.stack(
+        [
+            torch.stack(((a.float() - b.float()).square().sum(), b.float().square().sum()))
+            for a, b in zip(results, expected, strict=True)
+        ]
+    )
+    dist.all_reduce(squares, group=group)
+    return [float(x) for x in (squares[:, 0] / squares[:, 1]).sqrt()]
+
+
+def measure(volume: Volume, options: argparse.Namespace, device: torch.device, report: Callable[..., None]) -> None:
+    """Rows of every way on the volume's GPUs; every rank of the mesh calls it."""
+    shape = (1, volume.extent[0] // volume.gpus, *volume.extent[1:], options.heads, options.head_dim)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(dist.get_rank())
+    q, k, v, grad = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    rows: list[dict[str, Any]] = []
+    reference: list[Tensor] = []
     for way, function in WAYS.items():
-        if world == 1 and way != "halo":
+        if volume.gpus == 1 and way != "halo":
             continue
 
         def forward(function: Any = function) -> Tensor:
             with torch.no_grad():
-                result: Tensor = function(q, k, v, mesh, extent)
-            return result
+                out: Tensor = function(q, k, v, volume)
+            return out
 
-        def both(function: Any = function) -> None:
-            torch.autograd.grad(function(*leaves, mesh, extent), leaves, grad)
+        def both(function: Any = function) -> list[Tensor]:
+            out = function(*leaves, volume)
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
-        row: dict[str, Any] = {"way": way, "gpus": world}
-        row["forward_ms"] = timed(forward, options.repeats)
-        row["forward_backward_ms"] = timed(both, options.repeats)
-        row["received_bytes"] = received_bytes(way, q, extent) if world > 1 else 0
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        if way == "halo" and world > 1:
-            row |= parts(q, k, v, mesh, extent, options.repeats)
-        rows.append(row)
-    if rank == 0:
-        Path(output).write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
+        row: dict[str, Any] = {"way": way, "gpus": volume.gpus}
+        try:
+            if volume.gpus > 1:
+                results = both()
+                reference = reference or results
+                row["difference"] = difference(results, reference, volume.group)
+                del results
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row["received_bytes"] = received_bytes(way, q, volume) if volume.gpus > 1 else 0
+            row["forward_ms"] = timed(forward, options.repeats, device, volume.group)
+            row["forward_backward_ms"] = timed(both, options.repeats, device, volume.group)
+            if device.type == "cuda":
+                kept = sum(tensor.nbytes for tensor in reference)
+                row["peak_bytes"] = torch.cuda.max_memory_allocated() - kept
+            if way == "halo" and volume.gpus > 1:
+                row |= parts(q, k, v, volume, options.repeats)
+        except Exception as error:  # the other ways may work
+            row["error"] = f"{type(error).__name__}: {error}"
+        report(row)
 
 
-def parts(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, extent: tuple[int, ...], repeats: int) -> dict[str, float]:
+def parts(q: Tensor, k: Tensor, v: Tensor, volume: Volume, repeats: int) -> dict[str, float]:
     """The halo exchange alone, and the shard's attention alone, its halo already there."""
-    axes = _pieces.window_axes(extent, WINDOW, 1, 1, False)
-    layout = distributed._layout(mesh, (0,), axes, (None,))
-    keys = _pieces.needed_box(axes, layout.own)
+    call = distributed._Call((0,), (volume.window, 1, 1, False), volume.extent, (None,))
+    plan = distributed._plan(volume.mesh, dist.get_rank(), call)
+    keys = _pieces.needed_box(plan.axes, plan.own)
     grid = [end - begin for begin, end in keys]
-    near_key, near_value = (torch.randn(1, *grid, *k.shape[-2:], device="cuda", dtype=k.dtype) for _ in range(2))
+    near_key, near_value = (torch.randn(1, *grid, *k.shape[-2:], device=k.device, dtype=k.dtype) for _ in range(2))
 
     def exchange() -> None:
-        messages = distributed._Exchange(layout, k.detach(), v.detach())
-        messages.start()
+        messages = distributed._Exchange(plan, volume.group, k, v)
+        messages.start(k, v)
         messages.wait()
 
     def compute() -> None:
         with torch.no_grad():
-            _pieces.attend_piece(axes, q, near_key, near_value, layout.own, keys)
+            _pieces.attend_piece(plan.axes, q, near_key, near_value, plan.own, keys)
 
-    return {"exchange_ms": timed(exchange, repeats), "compute_ms": timed(compute, repeats)}
+    times = [timed(part, repeats, k.device, volume.group) for part in (exchange, compute)]
+    return {"exchange_ms": times[0], "compute_ms": times[1]}
+
+
+def work(rank: int, options: argparse.Namespace, counts: list[int], folder: str) -> None:
+    """One process: measures on the first 1, 2, ... GPUs in turn, and waits where it has no part."""
+    cuda = options.device == "cuda"
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=max(counts))
+    rows: list[dict[str, Any]] = []
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if rank == 0:
+            print(row, flush=True)
+            partial = Path(folder, "rows.part")
+            partial.write_text(json.dumps(rows))
+            partial.rename(Path(folder, "rows.json"))
+
+    for count in counts:
+        mesh = DeviceMesh(options.device, list(range(count)))
+        if rank < count:
+            measure(Volume(tuple(options.extent), tuple(options.window), mesh), options, device, report)
+        dist.all_reduce(torch.zeros(1, device=device))
+        synchronize(device)
+    dist.destroy_process_group()
+
+
+def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
+    """Rows measured until the end, a failure or the time limit, and what went wrong."""
+    counts = sorted({int(count) for count in options.gpus.split(",")})
+    failure = None
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(work, (options, counts, folder), nprocs=max(counts), join=False)  # type: ignore[attr-defined, no-untyped-call]
+        end = time.monotonic() + options.limit_s
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > end:
+                    failure = f"stopped after {options.limit_s} s"
+                    break
+        except Exception as error:
+            failure = str(error)
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        written = Path(folder, "rows.json")
+        return (json.loads(written.read_text()) if written.exists() else []), failure
+
+
+def finish(rows: list[dict[str, Any]]) -> None:
+    """Adds efficiencies and the hidden share of the exchange."""
+    alone = next((row for row in rows if row["gpus"] == 1 and "error" not in row), None)
+    for row in rows:
+        for key in ("forward", "forward_backward"):
+            if alone is not None and f"{key}_ms" in row:
+                row[f"{key}_efficiency"] = alone[f"{key}_ms"] / (row["gpus"] * row[f"{key}_ms"])
+        if "exchange_ms" in row:
+            hidden = row["exchange_ms"] + row["compute_ms"] - row["forward_ms"]
+            row["hidden_share"] = max(0.0, min(1.0, hidden / row["exchange_ms"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", default="1,2,4", help="numbers of GPUs, comma-separated")
     parser.add_argument("--extent", type=int, nargs=3, default=(120, 48, 80))
+    parser.add_argument("--window", type=int, nargs=3, default=(18, 24, 24))
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit-s", type=float, default=90)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for world in map(int, options.gpus.split(",")):
-        with tempfile.TemporaryDirectory() as folder:
-            result = f"{folder}/rows.json"
-            mp.spawn(measure, (world, f"{folder}/store", options, result), nprocs=world)  # type: ignore[attr-defined, no-untyped-call]
-            rows += json.loads(Path(result).read_text())
-    alone = next((row for row in rows if row["gpus"] == 1), None)
-    columns = ("forward ms", "fwd+bwd ms", "efficiency", "received MB", "peak GB")
-    print(f"{'way':12} GPUs " + " ".join(f"{name:>12}" for name in columns))
-    for row in rows:
-        if alone is not None:
-            for key in ("forward_ms", "forward_backward_ms"):
-                row[key.replace("_ms", "_efficiency")] = alone[key] / (row["gpus"] * row[key])
-        if "exchange_ms" in row:
-            hidden = row["exchange_ms"] + row["compute_ms"] - row["forward_ms"]
-            row["hidden_share"] = max(0.0, min(1.0, hidden / row["exchange_ms"]))
-        efficiency = row.get("forward_backward_efficiency", float("nan"))
-        print(
-            f"{row['way']:12} {row['gpus']:4} {row['forward_ms']:12.2f} {row['forward_backward_ms']:12.2f} "
-            f"{efficiency:12.3f} {row['received_bytes'] / 1e6:12.1f} {row['peak_bytes'] / 1e9:12.2f}"
-            + (
-                f"   exchange {row['exchange_ms']:.2f} ms, {row['hidden_share']:.0%} hidden"
-                if "exchange_ms" in row
-                else ""
-            )
-        )
+    rows, failure = run(options)
+    finish(rows)
     if options.json:
-        problem = {"extent": options.extent, "window": WINDOW, "heads": options.heads, "head_dim": options.head_dim}
-        head = circumstances(torch.device("cuda"))
-        options.json.write_text(json.dumps({**head, "problem": problem, "rows": rows}, indent=1) + "\n")
+        problem = {name: getattr(options, name) for name in ("extent", "window", "heads", "head_dim", "repeats")}
+        write_json(options.json, circumstances(torch.device(options.device)), rows, problem=problem, failure=failure)
+    columns = {
+        "forward_ms": "forward ms",
+        "forward_backward_ms": "fwd+bwd ms",
+        "forward_backward_efficiency": "efficiency",
+    }
+    print(f"{'way':12} GPUs " + " ".join(f"{title:>12}" for title in (*columns.values(), "received MB", "peak GB")))
+    for row in rows:
+        numbers = [f"{row.get(key, math.nan):12.3f}" for key in columns]
+        numbers += [f"{row.get('received_bytes', 0) / 1e6:12.1f} {row.get('peak_bytes', 0) / 1e9:12.2f}"]
+        note = f"exchange {row['exchange_ms']:.2f} ms, {row['hidden_share']:.0%} hidden" if "exchange_ms" in row else ""
+        print(f"{row['way']:12} {row['gpus']:4} {' '.join(numbers)}   {row.get('error', note)}")
+    if failure is not None:
+        raise SystemExit(failure)
 
 
 if __name__ == "__main__":
