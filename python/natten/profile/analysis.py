@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from natten._explain import Explanation, explain
 from natten.bench.floors import Work, attention_work, composite_works, floor
 from natten.bench.problems import DTYPES, BenchProblem, Pass
 from natten.bench.run import Row, Settings, Skip, measure_attention
 from natten.bench.timing import Timing
 from natten.bench.windows import checked_problem
 from natten.dispatch import FAMILIES, Kernel
-from natten.profile.tiles import executed_flops
+from natten.profile.tiles import plan_pass
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,38 @@ class Profile:
         }
 
 
+def explanation(problem: BenchProblem, dtype: str, device: torch.device, **choices: Any) -> Explanation:
+    """`natten.explain` of the problem, with its further arguments."""
+    tokens = (problem.batch, *problem.shape)
+    return explain(
+        (*tokens, problem.heads, problem.head_dim),
+        (*tokens, problem.key_heads, problem.head_dim),
+        (*tokens, problem.key_heads, problem.value_dim),
+        problem.kernel_size,
+        problem.stride,
+        problem.dilation,
+        problem.causal,
+        dtype=DTYPES[dtype],
+        device=device,
+        **choices,
+    )
+
+
+def executed_flops(problem: BenchProblem, kernel: Kernel, pass_: Pass, dtype: str, device: torch.device) -> float:
+    """FLOPs of the matrix products of a pass, masked and padded ones included; see `tiles`."""
+    checked = checked_problem(problem, DTYPES[dtype], device)
+    stated: tuple[int, ...] = ()
+    if pass_ == "forward" and device.type == "cuda":
+        stated = explanation(problem, dtype, device, kernel=kernel, requires_grad=False).forward.plan
+    return sum(plan.flops for plan in plan_pass(kernel, checked, pass_, stated))
+
+
 def profile_of(row: Row, problem: BenchProblem, pass_: Pass, settings: Settings) -> Profile:
     """A measurement of the benchmark, taken apart."""
     kernel = Kernel[row.kernel]
     useful = attention_work(problem, pass_, row.dtype)
     moved = [useful] if not FAMILIES[kernel].composite else composite_works(problem, pass_, row.dtype)
     bound = floor(useful, row.dtype, settings.ceilings, settings.allow_tf32)
-    checked = checked_problem(problem, DTYPES[row.dtype], settings.device)
     return Profile(
         problem,
         pass_,
@@ -78,7 +106,7 @@ def profile_of(row: Row, problem: BenchProblem, pass_: Pass, settings: Settings)
         kernel,
         row.timing,
         useful,
-        executed_flops(kernel, checked, pass_),
+        executed_flops(problem, kernel, pass_, row.dtype, settings.device),
         sum(work.bytes for work in moved),
         useful.bytes / settings.ceilings.bandwidth_tbps * 1e-9 / row.timing.ms,
         None if bound is None else bound.flops_ms / row.timing.ms,

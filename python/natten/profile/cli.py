@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from natten._explain import explain
 from natten._library import require_library
 from natten.bench.floors import CEILINGS, Ceilings, attention_work, measure_ceilings
 from natten.bench.problems import DTYPES, PASSES, BenchProblem, load_problems
@@ -19,7 +18,7 @@ from natten.bench.run import Settings, Skip
 from natten.bench.windows import checked_problem
 from natten.dispatch import FAMILIES, Kernel, Operation
 from natten.profile import counters, plot
-from natten.profile.analysis import Profile, profiles
+from natten.profile.analysis import Profile, explanation, profiles
 from natten.profile.tiles import plan_pass
 
 
@@ -38,7 +37,7 @@ def _per_axis(text: str) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m natten profile",
-        description="What every kernel makes of a problem: time, useful and executed work, bytes, shares of its floors.",
+        description="What every kernel makes of a problem: time, work done and needed, bytes, shares of its floors.",
     )
     add = result.add_argument
     add("problems", nargs="*", metavar="PROBLEM", help="names of the benchmark's list; or --shape and its companions")
@@ -263,24 +262,13 @@ def dry_run(
     status = 0
     for problem in problems:
         try:
-            decision = explain(
-                (problem.batch, *problem.shape, problem.heads, problem.head_dim),
-                (problem.batch, *problem.shape, problem.key_heads, problem.head_dim),
-                (problem.batch, *problem.shape, problem.key_heads, problem.value_dim),
-                problem.kernel_size,
-                problem.stride,
-                problem.dilation,
-                problem.causal,
-                dtype=DTYPES[problem.dtype],
-                device=device,
-                requires_grad=Operation.backward.name in passes,
-                capability=capability,
-            )
+            gradients = Operation.backward.name in passes
+            decision = explanation(problem, problem.dtype, device, requires_grad=gradients, capability=capability)
             print(f"{problem.name}: {decision}\n")
         except RuntimeError as error:
             status = 1
             print(f"{problem.name}: {error}\n")
-    print_table(*plan_table(problems, passes, kernels), title="tiles (simulated)")
+    print_table(*plan_table(problems, passes, kernels), title="tiles and boxes, simulated")
     return status
 
 

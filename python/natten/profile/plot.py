@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def draw(
     """Writes the picture; its format follows from the file's name. Needs matplotlib."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import StrMethodFormatter
 
     measured = {(c.problem, c.pass_, c.kernel): c.dram_bytes for c in counters}
     points = []
@@ -63,7 +65,7 @@ def draw(
     top = max([*rates.values(), *(profile.useful_tflops * scale for profile in profiles)]) * 2.5
     bottom = min(profile.useful_tflops for profile in profiles) * scale / 3
 
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -71,19 +73,19 @@ def draw(
     axes.set_ylim(bottom, top)
     axes.grid(which="major", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
     ridge = max(ridges, default=right)
     axes.plot([left, ridge], [left * slope, ridge * slope], color="#404040", lw=1.5)
     # Along the part of the line that is visible, a little above it.
     x = max(left, bottom / slope) * 1.15
-    axes.annotate(
+    memory = axes.annotate(
         f"memory: {_bandwidth(ceilings.bandwidth_tbps)}",
         (x, x * slope),
         xytext=(0, 4),
         textcoords="offset points",
-        rotation=45,
         rotation_mode="anchor",
-        transform_rotates_text=True,
         color="#404040",
     )
     for name, rate in rates.items():
@@ -91,6 +93,7 @@ def draw(
         label = f"{'TF32' if name == 'float32' and allow_tf32 else name} products: {number(rate)} {unit}"
         axes.annotate(label, (right, rate), xytext=(-4, 4), textcoords="offset points", ha="right", color="#404040")
 
+    several = len({profile.problem.name for profile in profiles}) > 1
     for profile, dram in points:
         colour = _FAMILIES[profile.kernel][1]
         marker = _MARKERS[profile.pass_]
@@ -100,12 +103,13 @@ def draw(
             axes.plot(dram, y, marker, ms=8, mfc="white", mec=colour, mew=1.5, zorder=3)
         axes.plot(profile.intensity, y, marker, ms=8, color=colour, mec="white", mew=0.8, zorder=4)
         share = max(profile.bytes_share, profile.flops_share or 0.0)
+        label = f"{share:.0%}" if share >= 0.095 else f"{share:.1%}"
         axes.annotate(
-            f"{share:.0%}" if share >= 0.095 else f"{share:.1%}",
+            f"{label} {profile.problem.name}" if several else label,
             (profile.intensity, y),
-            xytext=(8, 0),
+            xytext=(7, 2 if profile.pass_ == "forward" else -2),
             textcoords="offset points",
-            va="center",
+            va="bottom" if profile.pass_ == "forward" else "top",
             fontsize=8,
             color=colour,
         )
@@ -124,10 +128,20 @@ def draw(
         handles.append(
             Line2D([], [], ls="", marker="o", ms=7, mfc="white", mec="#808080", label="over the bytes counted")
         )
-    axes.legend(handles=handles, loc="lower right", framealpha=0.95)
+    figure.legend(
+        handles=handles,
+        loc="outside right upper",
+        title="%: the longer floor\nover the time measured",
+        title_fontsize=8,
+        fontsize=9,
+        frameon=False,
+    )
     axes.set_xlabel("useful FLOPs per byte that has to move")
     axes.set_ylabel(f"useful {unit}")
     axes.set_title(title, loc="left", fontsize=10)
+    figure.draw_without_rendering()  # settles the layout, and with it the line's angle
+    (x0, y0), (x1, y1) = axes.transData.transform([(left, left * slope), (ridge, ridge * slope)])
+    memory.set_rotation(math.degrees(math.atan2(y1 - y0, x1 - x0)))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)

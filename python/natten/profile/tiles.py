@@ -2,8 +2,9 @@
 
 A block owns a tile of queries (or of keys) of one dilation group and walks boxes of the other side, from the first
 token that the tile needs. Every score of a box is computed for all the rows that do not skip it, in a window or not;
-channels are padded to a class. The shapes come from the planner in C++ (``torch.ops.natten.plan_tiles``), the boxes
-are counted here, tile by tile. Families that go from query to query compute nothing but the windows.
+channels are padded to a class. The shapes are the kernel's own where it states them (the forward pass, on the device
+itself), else those of the planner in C++ for tiles of that many tokens (``torch.ops.natten.plan_tiles``). The boxes are
+counted here, tile by tile. Families that go from query to query compute nothing but the windows.
 """
 
 from __future__ import annotations
@@ -186,12 +187,24 @@ def _cuts(tile: tuple[int, ...], parts: int) -> Iterator[tuple[int, ...]]:
             yield tuple(extent // count for extent, count in zip(tile, cut, strict=True))
 
 
-def plan_step(problem: Problem, step: Step, head_dims: tuple[int, int]) -> StepPlan:
-    """The step's shapes on a whole problem (no pieces, no additional keys), and the scores that it computes."""
+def _planned(problem: Problem, step: Step, tile: Tile) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Extents of the tile and of the box that the planner in C++ chooses for so many tokens."""
+    limits = (tile.owned, tile.box, step.box_innermost, step.masked_charge)
+    plan = torch.ops.natten.plan_tiles(problem.window, problem.q_grid, problem.kv_grid, *limits)
+    return tuple(plan[3 - problem.rank : 3]), tuple(plan[6 - problem.rank :])
+
+
+def plan_step(kernel: Kernel, problem: Problem, step: Step, stated: tuple[int, ...] = ()) -> StepPlan:
+    """The step's shapes on a whole problem (no pieces, no additional keys), and the scores that it computes.
+
+    Args:
+        stated: the plan that the kernel itself states for the problem, as `natten.explain` gives it.
+    """
     assert problem.additional == 0
     assert tuple(axis.extent for axis in problem.axes) == problem.q_grid == problem.kv_grid
     copies = problem.batch * problem.heads
-    operations = 2.0 * (step.products[0] * head_dims[0] + step.products[1] * head_dims[1])
+    products = zip(step.products, padded_head_dims(kernel, problem), strict=True)
+    operations = 2.0 * sum(count * channels for count, channels in products)
     if not step.tiles:
         scores = copies * problem.window_pairs()
         return StepPlan(step, (), (), (), scores, scores * operations)
@@ -201,31 +214,23 @@ def plan_step(problem: Problem, step: Step, head_dims: tuple[int, int]) -> StepP
         boxes = prod(axis_boxes(axis, step.owns, *extents) for axis, *extents in along)
         return copies * boxes * prod(rows) * prod(box)
 
-    candidates = []
-    for tile in step.tiles:
-        plan = torch.ops.natten.plan_tiles(
-            problem.window,
-            problem.q_grid,
-            problem.kv_grid,
-            tile.owned,
-            tile.box,
-            step.box_innermost,
-            step.masked_charge,
-        )
-        shape, box = tuple(plan[3 - problem.rank : 3]), tuple(plan[6 - problem.rank :])
-        candidates.append((tile.score_cost * scores_of(shape, shape, box), tile, shape, box))
-    _, tile, shape, box = min(candidates, key=lambda candidate: candidate[0])
-    rows = min(_cuts(shape, tile.owned // tile.rows), key=lambda rows: scores_of(shape, rows, box))
+    first_axis = 3 - problem.rank
+    if stated and kernel is Kernel.fused_sm90:  # keys, warpgroups, blocks, a warpgroup's box, key box, pair axis
+        rows, box = stated[3 + first_axis : 6], stated[6 + first_axis : 9]
+        pairs = [stated[1] if axis == stated[9] else 1 for axis in range(first_axis, 3)]
+        shape = tuple(extent * count for extent, count in zip(rows, pairs, strict=True))
+    else:
+        if stated and kernel is Kernel.fused_sm80:  # variant, query tile, key box
+            tile, shape, box = step.tiles[stated[0]], stated[1 + first_axis : 4], stated[4 + first_axis : 7]
+        else:
+            choices = [(tile, *_planned(problem, step, tile)) for tile in step.tiles]
+            tile, shape, box = min(choices, key=lambda c: c[0].score_cost * scores_of(c[1], c[1], c[2]))
+        rows = min(_cuts(shape, tile.owned // tile.rows), key=lambda rows: scores_of(shape, rows, box))
     scores = scores_of(shape, rows, box)
     return StepPlan(step, shape, rows, box, scores, scores * operations)
 
 
-def plan_pass(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[StepPlan, ...]:
-    """Every step of a pass."""
-    head_dims = padded_head_dims(kernel, problem)
-    return tuple(plan_step(problem, step, head_dims) for step in steps(kernel, problem, pass_))
-
-
-def executed_flops(kernel: Kernel, problem: Problem, pass_: Pass) -> float:
-    """FLOPs of the matrix products of a pass, masked and padded ones included."""
-    return sum(plan.flops for plan in plan_pass(kernel, problem, pass_))
+def plan_pass(kernel: Kernel, problem: Problem, pass_: Pass, stated: tuple[int, ...] = ()) -> tuple[StepPlan, ...]:
+    """Every step of a pass; `stated` is the kernel's own plan of the forward pass, if known."""
+    given = stated if pass_ == "forward" else ()
+    return tuple(plan_step(kernel, problem, step, given) for step in steps(kernel, problem, pass_))
