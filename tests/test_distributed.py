@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import AxisCase, Case, axis_cases
@@ -125,6 +127,13 @@ def pool(request: pytest.FixtureRequest) -> Iterator[WorkerPool]:
     workers.close()
 
 
+@pytest.fixture(scope="module")
+def four() -> Iterator[WorkerPool]:
+    workers = WorkerPool(4)
+    yield workers
+    workers.close()
+
+
 def results(pool: WorkerPool, function: Any, argument: Any = None) -> list[Any]:
     values = pool.run(function, argument)
     for value in values:
@@ -202,6 +211,198 @@ def test_dtensors(pool: WorkerPool) -> None:
         assert max(differences) < 1e-12
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A way to call: what the mesh divides, and how the call is wrapped."""
+
+    mesh_shape: tuple[int, ...]
+    sharding: tuple[Any, ...] = (0,)
+    wrapped: str = ""
+    differentiable: tuple[int, ...] = (0, 1, 2)
+    is_causal: bool = False
+
+
+def part_of(tensor: Tensor, mesh: DeviceMesh, sharding: tuple[Any, ...]) -> Tensor:
+    """This rank's shard of `[batch, axes..., heads, ...]` of rank 2, equal shards."""
+    dimensions = {"batch": 0, 0: 1, 1: 2, "heads": 3}
+    for d, what in enumerate(sharding):
+        if what is not None:
+            tensor = tensor.chunk(mesh.size(d), dimensions[what])[mesh.get_local_rank(d)]
+    return tensor.detach().clone()
+
+
+def run_setting(setting: Setting) -> list[float]:
+    """In a worker: differences from one process, of both of two calls on the same tensors and of every gradient."""
+    mesh = mesh_of(setting.mesh_shape)
+    torch.manual_seed(0)
+    shapes = ((4, 8, 8, 4, 6), (4, 8, 8, 4, 6), (4, 8, 8, 4, 5))
+    whole = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weights = [torch.randn(4, 8, 8, 4, 5, dtype=torch.float64), torch.randn(4, 8, 8, 4, dtype=torch.float64)]
+    windows: tuple[dict[str, Any], ...] = (
+        {"kernel_size": (5, 3), "is_causal": (setting.is_causal, False)},
+        {"kernel_size": (2, 4), "dilation": (3, 1)},
+    )
+    expected = [natten.na2d(*whole, **window, return_lse=True) for window in windows]
+    expected_loss = sum((a * b).sum() for result in expected for a, b in zip(result, weights, strict=True))
+    wanted = torch.autograd.grad(expected_loss, [whole[i] for i in setting.differentiable])
+
+    local = [part_of(t, mesh, setting.sharding) for t in whole]
+    for i in setting.differentiable:
+        local[i].requires_grad_()
+    local_weights = [part_of(t, mesh, setting.sharding) for t in weights]
+
+    def loss(*tensors: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        query, key, value = (1 * t for t in tensors)
+        results = [
+            distributed.neighborhood_attention(
+                query, key, value, **window, mesh=mesh, sharding=setting.sharding, extent=(8, 8), return_lse=True
+            )
+            for window in windows
+        ]
+        return sum((a * b).sum() for result in results for a, b in zip(result, local_weights, strict=True)), results
+
+    if setting.wrapped == "checkpoint":
+        total, found = torch.utils.checkpoint.checkpoint(loss, *local, use_reentrant=False)
+    elif setting.wrapped == "compile":
+        total, found = torch.compile(loss, backend="aot_eager")(*local)
+    else:
+        total, found = loss(*local)
+    inputs = [local[i] for i in setting.differentiable]
+    differences = []
+    for _ in range(2):  # the graph serves twice
+        grads = torch.autograd.grad(total, inputs, retain_graph=setting.wrapped != "checkpoint")
+        for grad, want in zip(grads, wanted, strict=True):
+            differences.append(float((grad - part_of(want, mesh, setting.sharding)).abs().max()))
+        if setting.wrapped == "checkpoint":
+            break
+    for result, want_result in zip(found, expected, strict=True):
+        for a, b in zip(result, want_result, strict=True):
+            differences.append(float((a - part_of(b, mesh, setting.sharding)).abs().max()))
+    return differences
+
+
+@pytest.mark.parametrize("sharding", ["batch", "heads", None, 1])
+def test_what_one_dimension_divides(four: WorkerPool, sharding: Any) -> None:
+    for differences in results(four, run_setting, Setting((4,), (sharding,))):
+        assert max(differences) < 1e-12
+
+
+@pytest.mark.parametrize("sharding", [(1, 0), ("heads", 1), (0, "batch"), (None, 0), (0, None), ("batch", "heads")])
+def test_what_two_dimensions_divide(four: WorkerPool, sharding: tuple[Any, ...]) -> None:
+    for differences in results(four, run_setting, Setting((2, 2), sharding)):
+        assert max(differences) < 1e-12
+
+
+@pytest.mark.parametrize("wrapped", ["", "checkpoint", "compile"])
+@pytest.mark.parametrize("is_causal", [False, True])  # causal: the first rank receives nothing, the last sends nothing
+def test_how_a_call_is_wrapped(four: WorkerPool, wrapped: str, is_causal: bool) -> None:
+    for differences in results(four, run_setting, Setting((4,), wrapped=wrapped, is_causal=is_causal)):
+        assert max(differences) < 1e-12
+
+
+@pytest.mark.parametrize("differentiable", [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_inputs(four: WorkerPool, differentiable: tuple[int, ...]) -> None:
+    for differences in results(four, run_setting, Setting((2, 2), (0, 1), differentiable=differentiable)):
+        assert max(differences) < 1e-12
+
+
+def kept_alive(_: None) -> list[int]:
+    """In a worker: tensors on keys' or values' memory that outlive the forward pass of a checkpointed block."""
+    world = torch.distributed.get_world_size()
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+    seen: list[int] = []
+
+    def block(x: Tensor) -> Tensor:
+        key, value = 2 * x, 3 * x
+        seen.extend(t.untyped_storage().data_ptr() for t in (key, value))
+        out = distributed.neighborhood_attention(
+            x, key, value, 3, mesh=mesh_of((world,)), sharding=(0,), extent=(4 * world,)
+        )
+        assert isinstance(out, Tensor)
+        return out.sin()
+
+    out = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+    alive = [t.untyped_storage().data_ptr() for t in tensors if t is not x and t is not out and t.device.type == "cpu"]
+    kept = [pointer for pointer in seen if pointer in alive]
+    out.sum().backward()
+    return kept
+
+
+def test_checkpointing_frees_keys(pool: WorkerPool) -> None:
+    assert results(pool, kept_alive) == [[]] * pool.size
+
+
+def run_autocast(_: None) -> tuple[torch.dtype, set[torch.dtype], float]:
+    """In a worker: dtypes of the output and of the halos under autocast, and the difference from one process."""
+    world = torch.distributed.get_world_size()
+    mesh = mesh_of((world,))
+    torch.manual_seed(0)
+    whole = [torch.randn(1, 4 * world, 2, 8) for _ in range(3)]
+    travelled: set[torch.dtype] = set()
+    original = distributed._Exchange.wait
+
+    def wait(self: Any) -> list[Tensor]:
+        messages = original(self)
+        travelled.update(m.dtype for m in messages)
+        return messages
+
+    distributed._Exchange.wait = wait  # type: ignore[method-assign]
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = natten.na1d(*whole, 3)
+            out = distributed.neighborhood_attention(
+                *(part_of_line(t, mesh) for t in whole), 3, mesh=mesh, sharding=(0,), extent=(4 * world,)
+            )
+    finally:
+        distributed._Exchange.wait = original  # type: ignore[method-assign]
+    assert isinstance(out, Tensor)
+    return out.dtype, travelled, float((out - part_of_line(expected, mesh)).abs().max())
+
+
+def part_of_line(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    return tensor.chunk(mesh.size(), 1)[mesh.get_local_rank()]
+
+
+def test_autocast_before_keys_travel(pool: WorkerPool) -> None:
+    for dtype, travelled, difference in results(pool, run_autocast):
+        assert dtype == torch.bfloat16
+        assert travelled == {torch.bfloat16}
+        assert difference < 2e-2
+
+
+def run_submesh(_: None) -> float | str:
+    """In a worker: attention over a two-dimensional mesh of two of the ranks, only these call."""
+    key = (-1,)
+    if key not in _meshes:
+        _meshes[key] = DeviceMesh("cpu", [[0], [torch.distributed.get_world_size() - 1]])
+    mesh = _meshes[key]
+    torch.manual_seed(0)
+    whole = torch.randn(1, 8, 6, 1, 4, dtype=torch.float64, requires_grad=True)
+    arguments: dict[str, Any] = {"mesh": mesh, "sharding": (0, 1), "extent": (8, 6), "validate": False}
+    if mesh.get_coordinate() is None:
+        try:
+            distributed.neighborhood_attention(whole, whole, whole, 3, **arguments)
+        except ValueError as error:
+            return str(error)
+        raise AssertionError("a rank outside of the mesh was let in")
+    natten.na2d(whole, whole, whole, 3).sin().sum().backward()
+    assert whole.grad is not None
+    expected = whole.grad.chunk(2, 1)[mesh.get_local_rank(0)]
+    local = whole.detach().chunk(2, 1)[mesh.get_local_rank(0)].clone().requires_grad_()
+    out = distributed.neighborhood_attention(local, local, local, 3, **arguments)
+    assert isinstance(out, Tensor)
+    (grad,) = torch.autograd.grad(out.sin().sum(), local)
+    return float((grad - expected).abs().max())
+
+
+def test_a_mesh_of_some_ranks(four: WorkerPool) -> None:
+    first, *others, last = results(four, run_submesh)
+    assert first < 1e-12
+    assert last < 1e-12
+    assert all("must be part of mesh" in str(other) for other in others)
+
+
 def illegal_call(what: str) -> Exception | None:
     """In a worker: what this rank raises when something is wrong on some rank."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -217,9 +418,15 @@ def illegal_call(what: str) -> Exception | None:
         extent, length, kernel_size = world - 1, 1, 1
     elif what == "sharding":
         sharding = (1,)
-    x = torch.zeros(1, length, 1, 4)
+    batch = 2 if what == "batch" and rank == 0 else 1
+    x, context = torch.zeros(batch, length, 1, 4), torch.zeros(batch, 3, 2 if what == "context" else 1, 4)
+    extra: dict[str, Any] = {"additional_keys": context, "additional_values": context}
+    if what == "kernel":
+        extra["kernel"] = "naive"
     try:
-        distributed.neighborhood_attention(x, x, x, kernel_size, mesh=mesh, sharding=sharding, extent=(extent,))
+        distributed.neighborhood_attention(
+            x, x, x, kernel_size, mesh=mesh, sharding=sharding, extent=(extent,), **extra
+        )
     except Exception as error:
         return type(error)(str(error))
     return None
@@ -233,6 +440,9 @@ def illegal_call(what: str) -> Exception | None:
         ("differs", "ranks must call alike"),
         ("empty", "every shard must hold at least one position"),
         ("sharding", "sharding must hold axes 0 to 0"),
+        ("batch", "ranks must call alike; rank 0 called with .*batch 2.*, rank 1 with .*batch 1"),
+        ("context", "additional_keys's shard must have shape"),
+        ("kernel", "naive"),
     ],
 )
 def test_illegal_calls_raise_the_same_everywhere(pool: WorkerPool, what: str, message: str) -> None:
