@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import stat
@@ -397,6 +398,12 @@ def test_dry_run_shows_candidates_and_plans(capsys: pytest.CaptureFixture[str]) 
 def test_bad_arguments_are_explained(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         cli.main(arguments)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'natten\[bench\]'"):
+        cli.main([*OWN, "--plot", "picture.png"])
 
 
 def test_problem_from_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -310,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(problems, arguments.passes, shown, device, capability)
     if arguments.counters and device.type != "cuda":
         raise SystemExit("--counters reads a GPU's counters; the device is the CPU")
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib, which the extra `bench` brings: pip install 'natten[bench]'")
     if arguments.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     ceilings = CEILINGS.get(device_name(device)) or measure_ceilings(device)
