@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import math
@@ -369,6 +370,70 @@ def test_autocast_before_keys_travel(pool: WorkerPool) -> None:
         assert dtype == torch.bfloat16
         assert travelled == {torch.bfloat16}
         assert difference < 2e-2
+
+
+def run_layer(_: None) -> tuple[list[float], list[float]]:
+    """In a worker: losses of some steps of a small network, on one process and sharded."""
+    world = torch.distributed.get_world_size()
+    mesh = mesh_of((world,))
+    extent = (3 * world - 1, 5)  # uneven
+    begin, end = distributed.shard_bounds(extent[0], world)[mesh.get_local_rank()]
+    curves: list[list[float]] = []
+    for place in ({}, {"mesh": mesh, "sharding": (0,), "extent": extent}):
+        torch.manual_seed(0)
+        layers = [
+            natten.NeighborhoodAttention2D(8, 2, kernel_size, dilation=dilation, is_causal=is_causal, **place)
+            for kernel_size, dilation, is_causal in ((3, 1, False), ((2, 3), (2, 1), (True, False)))
+        ]
+        network = torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1]).double()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+        x, target = (torch.randn(2, *extent, 8, dtype=torch.float64) for _ in range(2))
+        losses = []
+        for _ in range(5):
+            rows = slice(begin, end) if place else slice(None)
+            loss = (network(x[:, rows]) - target[:, rows]).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            total = loss.detach()
+            if place:
+                torch.distributed.all_reduce(total)
+                for parameter in network.parameters():
+                    torch.distributed.all_reduce(parameter.grad)
+            optimizer.step()
+            losses.append(float(total))
+        curves.append(losses)
+    return curves[0], curves[1]
+
+
+def test_layers_learn_alike_on_shards(pool: WorkerPool) -> None:
+    for alone, sharded in results(pool, run_layer):
+        assert alone[-1] < 0.95 * alone[0]
+        assert sharded == pytest.approx(alone, rel=1e-10)
+
+
+def layer_as_it_is_used(_: None) -> list[float]:
+    """In a worker: differences of a sharded layer from itself compiled, copied and saved."""
+    world = torch.distributed.get_world_size()
+    layer = natten.NeighborhoodAttention1D(4, 2, 3, mesh=mesh_of((world,)), sharding=(0,), extent=(4 * world,))
+    assert f"extent=({4 * world},)" in repr(layer)
+    x = torch.randn(1, 4, 4)
+    expected = layer(x)
+    plain = natten.NeighborhoodAttention1D(4, 2, 3)
+    plain.load_state_dict(layer.state_dict())
+    others = [torch.compile(layer, backend="eager"), copy.deepcopy(layer)]
+    return [float((other(x) - expected).abs().max()) for other in others]
+
+
+def test_layers_compile_and_copy(pool: WorkerPool) -> None:
+    for differences in results(pool, layer_as_it_is_used):
+        assert max(differences) < 1e-6
+
+
+def test_layers_refuse_half_a_place() -> None:
+    with pytest.raises(ValueError, match="given together"):
+        natten.NeighborhoodAttention1D(4, 2, 3, extent=(8,))
+    with pytest.raises(ValueError, match="must not hold heads"):
+        natten.NeighborhoodAttention1D(4, 2, 3, mesh=object(), sharding=("heads",), extent=(8,))  # type: ignore[arg-type]
 
 
 def run_submesh(_: None) -> float | str:
