@@ -236,6 +236,7 @@ METRICS = {
     "sm__maximum_warps_per_active_cycle_pct": ("%", "25"),
     "launch__registers_per_thread": ("register/thread", "168"),
     "launch__shared_mem_per_block_static": ("byte/block", "0"),
+    "lts__t_sectors_lookup_hit.ratio": ("", "nan"),
     "launch__shared_mem_per_block_dynamic": ("Kbyte/block", "98.30"),
 }
 
@@ -250,6 +251,7 @@ def check_launch(launch: counters.Launch) -> None:
     assert launch.value("tensor_pct") == pytest.approx(41.25)  # the second name: the device lacks the first
     assert launch.value("occupancy_pct") is None
     assert launch.value("registers") == 168
+    assert "lts__t_sectors_lookup_hit.ratio" not in launch.metrics
     assert launch.shared_bytes == pytest.approx(98300)
 
 
@@ -259,6 +261,12 @@ def test_ncu_rows_per_metric() -> None:
     spin, fused = counters.parse_csv(noisy)
     assert spin.short_name == "at::cuda::spin_kernel"
     check_launch(fused)
+
+
+def test_ncu_columns_of_rules_may_be_missing_from_rows() -> None:
+    text = long_csv([(FUSED, METRICS)])
+    check_launch(counters.parse_csv(text.replace(HEADER, HEADER + ',"Rule Name","Rule Type"'))[0])
+    check_launch(counters.parse_csv(text + '"9","4711"\n')[0])
 
 
 def test_ncu_rows_per_launch() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -132,9 +133,10 @@ def _value(text: str, unit: str) -> float | None:
             return None
         factor = _PREFIXES[prefix] * _UNITS[base]
     try:
-        return float(text.replace(",", "")) * factor
+        value = float(text.replace(",", "")) * factor
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def parse_csv(text: str) -> list[Launch]:
@@ -148,10 +150,11 @@ def parse_csv(text: str) -> list[Launch]:
     if start is None:
         return []
     rows = list(csv.reader(line for line in lines[start:] if line.startswith('"')))
-    header, body = rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
-    column = {name: index for index, name in enumerate(header)}
+    column = {name: index for index, name in enumerate(rows[0])}
     if "Kernel Name" not in column:
         return []
+    needed = 1 + max(index for name, index in column.items() if "__" in name or name in ("Kernel Name", "Metric Value"))
+    body = [row for row in rows[1:] if len(row) >= needed]
     functions: dict[str, str] = {}
     metrics: dict[str, dict[str, float]] = {}
     units: list[str] | None = None
