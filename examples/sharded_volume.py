@@ -4,14 +4,15 @@
     python examples/sharded_volume.py --processes 4   4 of them; with as many GPUs it uses these (NCCL)
 
 The volume is cut along its first axis. Linear layers and norms act on tokens, so they need nothing from other shards;
-attention gets the halo of keys that its windows reach, through `natten.distributed`. Gradients of the parameters are
-summed over the shards.
+attention layers know the mesh and fetch the halo of keys that their windows reach (`natten.distributed`). Gradients of
+the parameters are summed over the shards.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,47 +31,27 @@ DILATIONS = ((1, 1, 1), (2, 2, 2), (1, 1, 1))
 class Block(nn.Module):
     """Attention and an MLP, each with a norm before and a residual around it."""
 
-    def __init__(self, channels: int, heads: int, window: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    def __init__(self, channels: int, attention: nn.Module) -> None:
         super().__init__()
-        self.heads, self.window, self.dilation = heads, window, dilation
-        self.norm, self.qkv, self.proj = (
-            nn.LayerNorm(channels),
-            nn.Linear(channels, 3 * channels),
-            nn.Linear(channels, channels),
-        )
+        self.norm, self.attention = nn.LayerNorm(channels), attention
         self.mlp = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
         )
 
-    def forward(self, x: Tensor, mesh: DeviceMesh | None) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        if mesh is None:
-            out = natten.na3d(q, k, v, self.window, dilation=self.dilation)
-        else:
-            out = distributed.neighborhood_attention(
-                q, k, v, self.window, dilation=self.dilation, mesh=mesh, sharding=(0,), extent=EXTENT
-            )
-        assert isinstance(out, Tensor)
-        x = x + self.proj(out.flatten(-2))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
         result: Tensor = x + self.mlp(x)
         return result
 
 
-class Denoiser(nn.Module):
-    """Predicts a volume from a noisy one."""
-
-    def __init__(self, channels: int = 16, heads: int = 2) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(1, channels), nn.Linear(channels, 1)
-        blocks = zip(WINDOWS, DILATIONS, strict=True)
-        self.blocks = nn.ModuleList(Block(channels, heads, window, dilation) for window, dilation in blocks)
-
-    def forward(self, x: Tensor, mesh: DeviceMesh | None = None) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x, mesh)
-        result: Tensor = self.head(x)
-        return result
+def denoiser(mesh: DeviceMesh | None, channels: int = 16, heads: int = 2) -> nn.Sequential:
+    """Predicts a volume from a noisy one; on a mesh, its shard of it."""
+    place: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "sharding": (0,), "extent": EXTENT}
+    blocks = [
+        Block(channels, natten.NeighborhoodAttention3D(channels, heads, window, dilation=dilation, **place))
+        for window, dilation in zip(WINDOWS, DILATIONS, strict=True)
+    ]
+    return nn.Sequential(nn.Linear(1, channels), *blocks, nn.Linear(channels, 1))
 
 
 def volume(step: int, device: str) -> tuple[Tensor, Tensor]:
@@ -84,7 +65,7 @@ def volume(step: int, device: str) -> tuple[Tensor, Tensor]:
 def train(steps: int, device: str, mesh: DeviceMesh | None = None) -> list[float]:
     """Losses of each step over the whole volume."""
     torch.manual_seed(0)
-    model = Denoiser().to(device)
+    model = denoiser(mesh).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     begin, end = (0, EXTENT[0])
     if mesh is not None:
@@ -92,7 +73,7 @@ def train(steps: int, device: str, mesh: DeviceMesh | None = None) -> list[float
     losses = []
     for step in range(steps):
         clean, noisy = (tensor[:, begin:end] for tensor in volume(step, device))
-        loss = (model(noisy, mesh) - clean).square().sum() / torch.Size(EXTENT).numel()
+        loss = (model(noisy) - clean).square().sum() / torch.Size(EXTENT).numel()
         optimizer.zero_grad()
         loss.backward()
         total = loss.detach()

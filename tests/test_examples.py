@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     pieces = load("pieces", monkeypatch, "rich")
     pieces.main()
     assert capsys.readouterr().out.count(" ok ") == len(pieces.EXAMPLES) == 2
+
+
+def test_sharded_training_follows_the_whole() -> None:
+    command = [sys.executable, str(EXAMPLES / "sharded_volume.py"), "--steps", "25"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"largest relative difference of the loss: (\S+)", done.stdout)
+    assert difference is not None
+    assert float(difference.group(1)) < 1e-3
 
 
 @pytest.mark.usefixtures("one_thread")
