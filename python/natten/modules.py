@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from natten._attention import attend_packed
@@ -103,7 +102,6 @@ class _NeighborhoodAttention(nn.Module):
         projected: Tensor = self.proj_drop(self.proj(out.flatten(-2)))
         return projected
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend_shard(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from natten import distributed  # not all builds of torch have it
 
