@@ -130,7 +130,15 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/switching.md", "docs/dispatch.md"]
+    "page",
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/quickstart.md",
+        "docs/switching.md",
+        "docs/dispatch.md",
+        "docs/distributed.md",
+    ],
 )
 def test_code_in_the_documentation_runs(page: str) -> None:
     blocks = python_blocks(page)
