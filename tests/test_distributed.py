@@ -361,6 +361,25 @@ def run_autocast(_: None) -> tuple[torch.dtype, set[torch.dtype], float]:
     return out.dtype, travelled, float((out - part_of_line(expected, mesh)).abs().max())
 
 
+def second_derivative(_: None) -> str:
+    """In a worker: what asking for a second derivative says."""
+    world = torch.distributed.get_world_size()
+    x = torch.randn(1, 4, 2, 8, requires_grad=True)
+    out = distributed.neighborhood_attention(x, x, x, 3, mesh=mesh_of((world,)), sharding=(0,), extent=(4 * world,))
+    assert isinstance(out, Tensor)
+    (grad,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+    try:
+        grad.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_second_derivatives_are_refused(pool: WorkerPool) -> None:
+    for message in results(pool, second_derivative):
+        assert "differentiate twice" in message
+
+
 def part_of_line(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     return tensor.chunk(mesh.size(), 1)[mesh.get_local_rank()]
 

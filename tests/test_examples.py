@@ -125,6 +125,14 @@ def test_drawn_windows_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> No
     assert drawn.tolist() == expected
 
 
+def test_drawn_halos_are_what_windows_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_halos = load("draw_halos", monkeypatch, "matplotlib")
+    inner, outer, halo = draw_halos.Case((24,), (3,), (1,), {"kernel_size": 6}).parts().values()
+    assert inner.nonzero()[0].tolist() == [11, 12, 13]
+    assert outer.nonzero()[0].tolist() == [8, 9, 10, 14, 15]
+    assert halo.nonzero()[0].tolist() == [5, 6, 7, 16, 17]
+
+
 def python_blocks(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
 
