@@ -505,11 +505,12 @@ def illegal_call(what: str) -> Exception | None:
     batch = 2 if what == "batch" and rank == 0 else 1
     x, context = torch.zeros(batch, length, 1, 4), torch.zeros(batch, 3, 2 if what == "context" else 1, 4)
     extra: dict[str, Any] = {"additional_keys": context, "additional_values": context}
+    key = torch.zeros(()) if what == "dimensions" and rank == 0 else x
     if what == "kernel":
         extra["kernel"] = "naive"
     try:
         distributed.neighborhood_attention(
-            x, x, x, kernel_size, mesh=mesh, sharding=sharding, extent=(extent,), **extra
+            x, key, x, kernel_size, mesh=mesh, sharding=sharding, extent=(extent,), **extra
         )
     except Exception as error:
         return type(error)(str(error))
@@ -524,6 +525,7 @@ def illegal_call(what: str) -> Exception | None:
         ("differs", "ranks must call alike"),
         ("empty", "every shard must hold at least one position"),
         ("sharding", "sharding must hold axes 0 to 0"),
+        ("dimensions", "key's shard must have the grid"),
         ("batch", "ranks must call alike; rank 0 called with .*batch 2.*, rank 1 with .*batch 1"),
         ("context", "additional_keys's shard must have shape"),
         ("kernel", "naive"),

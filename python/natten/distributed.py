@@ -398,18 +398,15 @@ def _sharding_of(placements: Sequence[Any], rank: int) -> tuple[Sharding, ...]:
     return tuple(result)
 
 
-def _check_sharding(mesh: DeviceMesh, sharding: Sequence[Sharding], rank: int) -> tuple[Sharding, ...]:
+def _check_sharding(mesh: DeviceMesh, sharding: tuple[Sharding, ...], rank: int) -> None:
     if len(sharding) != mesh.ndim:
-        raise ValueError(
-            f"sharding must name what each of the mesh's {mesh.ndim} dimensions divides; got {tuple(sharding)}"
-        )
+        raise ValueError(f"sharding must name what each of the mesh's {mesh.ndim} dimensions divides; got {sharding}")
     for what in sharding:
         if not (what in ("batch", "heads", None) or (isinstance(what, int) and 0 <= what < rank)):
             raise ValueError(f'sharding must hold axes 0 to {rank - 1}, "batch", "heads" or None; got {what!r}')
     named = [what for what in sharding if isinstance(what, int)]
     if len(set(named)) != len(named):
-        raise ValueError(f"sharding must divide each axis over one mesh dimension only; got {tuple(sharding)}")
-    return tuple(sharding)
+        raise ValueError(f"sharding must divide each axis over one mesh dimension only; got {sharding}")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -490,7 +487,7 @@ def neighborhood_attention(
             raise
         failure = str(error)
     if validate:
-        _agree(group, call.described(key, value), failure, query.device)
+        _agree(group, failure or call.described(key, value), failure, query.device)
     assert plan is not None
     extra = {"additional_keys": additional_keys, "additional_values": additional_values}
     out, lse = _attend(plan, group, query, key, value, scale=scale, kernel=kernel, **extra)
