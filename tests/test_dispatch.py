@@ -265,3 +265,23 @@ def test_import_brings_no_compiler() -> None:
         "natten.reference",
     )
     assert not [name for name in loaded if name.startswith(heavy)]
+
+
+@pytest.mark.usefixtures("every_architecture")
+def test_more_rows_than_a_kernel_counts_go_elsewhere() -> None:
+    def kernels(tokens: int) -> tuple[Kernel, Kernel]:
+        explanation = explain_cuda((1, tokens, 2, 64), (8, 0), requires_grad=True)
+        assert explanation.backward is not None
+        return explanation.forward.kernel, explanation.backward.kernel
+
+    assert kernels(2**20) == (Kernel.fused_sm80, Kernel.fused_sm80)
+    assert kernels(2**25) == (Kernel.fused_sm80, Kernel.naive)
+
+
+def test_explain_shows_the_kernels_plan() -> None:
+    explanation = natten.explain(*[(1, 30, 40, 2, 16)] * 3, kernel_size=5)
+    rows, columns, fold = explanation.forward.plan
+    assert rows >= 1
+    assert columns >= 1
+    assert fold >= 1
+    assert f"tile rows {rows}, tile columns {columns}, key rows in a vector {fold}" in str(explanation)

@@ -189,6 +189,22 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert grad.dtype == torch.float32
 
 
+def test_composite_under_autocast() -> None:
+    """softmax runs in float32 under autocast; the composite's weights stay in the type of its tensors."""
+    from natten._attention import composite
+    from natten._problem import attention_problem
+
+    tensors = [torch.randn(1, 8, 2, 4).bfloat16() for _ in range(3)]
+    extra = [torch.randn(1, 3, 2, 4).bfloat16() for _ in range(2)]
+    for context in ([None, None], extra):
+        problem = attention_problem(1, *tensors, 3, additional_keys=context[0], additional_values=context[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = composite(problem, *tensors, *context, None)
+        expected, _ = composite(problem, *tensors, *context, None)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected)
+
+
 def test_autocast_leaves_float64() -> None:
     tensors = [torch.randn(1, 8, 2, 4, dtype=torch.float64) for _ in range(3)]
     with torch.autocast("cpu", torch.bfloat16):

@@ -71,6 +71,7 @@ std::vector<int64_t> forward_plan(int64_t kernel, const std::vector<int64_t> win
   problem.additional = additional;
   problem.type = static_cast<ScalarType>(type);
   problem.flags = int(flags);
+  problem.scale = 1;  // plans do not depend on it
   std::vector<int> plan;
   switch (static_cast<Kernel>(kernel)) {
     case Kernel::cpu:

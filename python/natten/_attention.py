@@ -248,7 +248,8 @@ def composite(
     logits = _unfused.qk(problem, query, key, None, kernel)
     value_problem = problem.with_head_dim(problem.head_dim_v, scale=1.0)
     if additional_keys is None or additional_values is None:
-        out = _unfused.av(value_problem, torch.softmax(logits, -1), value, kernel)
+        # The dtype is named, since autocast would otherwise make it float32.
+        out = _unfused.av(value_problem, torch.softmax(logits, -1, dtype=logits.dtype), value, kernel)
         return out, _logsumexp(logits) if with_lse else None
     # [B, tokens, Hkv, heads of a group, D]
     grouped = query.reshape(
@@ -256,7 +257,7 @@ def composite(
     )
     extra = torch.einsum("bthgd,bshd->bthgs", grouped, additional_keys) * problem.scale
     logits = torch.cat((logits, extra.reshape(*query.shape[:-1], problem.additional)), -1)
-    weights = torch.softmax(logits, -1)
+    weights = torch.softmax(logits, -1, dtype=logits.dtype)
     out = _unfused.av(value_problem, weights[..., : problem.slots], value, kernel)
     extra_weights = weights[..., problem.slots :].reshape(extra.shape)
     extra_out = torch.einsum("bthgs,bshd->bthgd", extra_weights, additional_values)

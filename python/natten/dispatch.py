@@ -44,6 +44,8 @@ class Family:
     aligned: bool = False
     #: Whether strides must be positive as well: expanded tensors are copied first.
     positive_strides: bool = False
+    #: Most queries times heads of one batch item that the backward pass takes.
+    most_backward_rows: int | None = None
     #: The scale must lie between these, where given.
     scale_bounds: tuple[float, float] | None = None
     #: Whether fused attention is composed of qk, softmax and av, and stores the attention weights.
@@ -106,6 +108,7 @@ FAMILIES: Mapping[Kernel, Family] = {
             head_dim_multiple=8,
             head_dim_maximum=256,
             minimum_capability=(8, 0),
+            most_backward_rows=(2**31 - 1) // 64,
             aligned=True,
             workspace_bytes=_fused_sm80_bytes,
         ),
@@ -227,8 +230,8 @@ def _device_memory(device: torch.device) -> int | None:
 def _runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code for one of the architectures runs there.
 
-    Machine code: same major version, minor not newer; "90a" only on 9.0. Builds for "80" also hold PTX, which the driver
-    compiles for any later architecture.
+    Machine code: same major version, minor not newer; "90a" only on 9.0. Builds for "80" also hold PTX, which drivers
+    compile for any later architecture.
     """
     if "80" in architectures and capability >= (8, 0):
         return True
@@ -298,6 +301,10 @@ def _rejection(
             return f"needs a {name} that is a multiple of {family.head_dim_multiple}, not {size}"
         if family.head_dim_maximum is not None and size > family.head_dim_maximum:
             return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
+    if operation is Operation.backward and family.most_backward_rows is not None:
+        rows = problem.queries * problem.heads
+        if not isinstance(rows, torch.SymInt) and rows > family.most_backward_rows:
+            return f"takes up to {family.most_backward_rows} queries times heads backward, not {rows}"
     if family.scale_bounds is not None and not family.scale_bounds[0] <= problem.scale <= family.scale_bounds[1]:
         return f"needs a scale from {family.scale_bounds[0]:g} to {family.scale_bounds[1]:g}, not {problem.scale}"
     if family.device == "cuda":
