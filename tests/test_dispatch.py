@@ -270,7 +270,7 @@ def test_import_brings_no_compiler() -> None:
 @pytest.mark.usefixtures("every_architecture")
 def test_more_rows_than_a_kernel_counts_go_elsewhere() -> None:
     def kernels(tokens: int) -> tuple[Kernel, Kernel]:
-        explanation = explain_cuda((1, tokens, 2, 64), (8, 0), requires_grad=True)
+        explanation = explain_cuda((1, tokens, 2, 64), (8, 0), kernel_size=63, requires_grad=True)
         assert explanation.backward is not None
         return explanation.forward.kernel, explanation.backward.kernel
 
