@@ -218,7 +218,7 @@ def parts(q: Tensor, k: Tensor, v: Tensor, volume: Volume, repeats: int) -> dict
 
 
 def work(rank: int, options: argparse.Namespace, counts: list[int], folder: str) -> None:
-    """One process: measures on the first 1, 2, ... GPUs in turn, and waits where it has no part."""
+    """One process: measures on the first GPUs, as many as `counts` says in turn, and waits where it has no part."""
     cuda = options.device == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
@@ -248,7 +248,7 @@ def work(rank: int, options: argparse.Namespace, counts: list[int], folder: str)
 
 def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
     """Rows measured until the end, a failure or the time limit, and what went wrong."""
-    counts = sorted({int(count) for count in options.gpus.split(",")})
+    counts = sorted({int(count) for count in options.gpus.split(",")}, reverse=True)  # what matters most first
     failure = None
     with tempfile.TemporaryDirectory() as folder:
         context = mp.spawn(work, (options, counts, folder), nprocs=max(counts), join=False)  # type: ignore[attr-defined, no-untyped-call]
@@ -265,7 +265,8 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
                 if process.is_alive():
                     process.kill()
         written = Path(folder, "rows.json")
-        return (json.loads(written.read_text()) if written.exists() else []), failure
+        rows = json.loads(written.read_text()) if written.exists() else []
+        return sorted(rows, key=lambda row: int(row["gpus"])), failure
 
 
 def finish(rows: list[dict[str, Any]]) -> None:
