@@ -269,13 +269,12 @@ def test_import_brings_no_compiler() -> None:
 
 @pytest.mark.usefixtures("every_architecture")
 def test_more_rows_than_a_kernel_counts_go_elsewhere() -> None:
-    def kernels(tokens: int) -> tuple[Kernel, Kernel]:
-        explanation = explain_cuda((1, tokens, 2, 64), (8, 0), kernel_size=63, requires_grad=True)
-        assert explanation.backward is not None
-        return explanation.forward.kernel, explanation.backward.kernel
+    def backward(tokens: int) -> dispatch.Decision:
+        problem = explain_cuda((1, tokens, 2, 64), (8, 0)).problem
+        return dispatch.choose(problem, dispatch.Operation.backward, capability=(8, 0))
 
-    assert kernels(2**20) == (Kernel.fused_sm80, Kernel.fused_sm80)
-    assert kernels(2**25) == (Kernel.fused_sm80, Kernel.naive)
+    assert backward(2**20).kernel is Kernel.fused_sm80
+    assert backward(2**25).kernel is Kernel.naive
 
 
 def test_explain_shows_the_kernels_plan() -> None:

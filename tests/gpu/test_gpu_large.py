@@ -38,7 +38,7 @@ def test_more_than_two_to_the_31_elements(kernel: Kernel, cuda: torch.device, wh
     if FAMILIES[kernel].composite:
         pytest.skip("stores attention weights")
     dtype = half_of(kernel, cuda, 11)
-    heads, dim, size, reach = 8, 64, 9, 64
+    heads, dim, size, reach = 4, 128, 9, 64  # few heads: fused_sm80 counts rows of one batch item in 25 bits
     length = 4096 if where == "batch" else ELEMENTS // (heads * dim)
     batch = -(-ELEMENTS // (length * heads * dim))
     q, k, v, grad = (torch.randn(batch, length, heads, dim, dtype=dtype, device=cuda) for _ in range(4))
