@@ -206,8 +206,4 @@ void forward(const ForwardArguments& arguments, void* stream) {
              kName);
 }
 
-void backward(const BackwardArguments&, void*) {
-  throw std::invalid_argument("natten: the Hopper kernels have no backward pass");
-}
-
 }  // namespace natten::fused_sm90
