@@ -1,8 +1,8 @@
 """The build backend: scikit-build-core, plus the CUDA compiler from PyPI where it is needed.
 
-CUDA kernels are built when ``NATTEN_CUDA_ARCHS`` asks for them (unset: when a GPU is seen). If the
-machine has no ``nvcc`` then, the pinned compiler packages are added to what the isolated build installs. Machines with a
-CUDA toolkit, and CPU-only builds, download nothing.
+CUDA kernels are built when ``NATTEN_CUDA_ARCHS`` asks for them (unset: when a GPU is seen). If the machine has no
+``nvcc`` then, the pinned compiler packages are added to what the isolated build installs. Machines with a CUDA toolkit,
+and CPU-only builds, download nothing.
 """
 
 from __future__ import annotations
