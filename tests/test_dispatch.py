@@ -146,6 +146,20 @@ def test_backward_pass_has_its_own_decision() -> None:
 
 
 @pytest.mark.usefixtures("every_architecture")
+def test_a_forced_kernel_leaves_gradients_it_has_not_to_others() -> None:
+    def backward(dim: int, **arguments: object) -> Kernel:
+        decision = explain_cuda((2, 32, 32, 4, dim), requires_grad=True, kernel="fused_sm90", **arguments)
+        assert decision.forward.kernel is Kernel.fused_sm90
+        assert decision.backward is not None
+        return decision.backward.kernel
+
+    assert backward(128) is Kernel.fused_sm90
+    assert backward(136) is Kernel.fused_sm80
+    tokens = (2, 5, 4, 64)
+    assert backward(64, additional_keys=tokens, additional_values=tokens) is Kernel.fused_sm80
+
+
+@pytest.mark.usefixtures("every_architecture")
 def test_workspace_of_the_backward_pass() -> None:
     """The formulas of the kernels' sources: the kernels refuse less."""
 
@@ -157,6 +171,7 @@ def test_workspace_of_the_backward_pass() -> None:
     rows = 2 * 32 * 32 * 4
     assert workspace(kernel="naive") == 4 * rows
     assert workspace(kernel="naive", dtype=torch.float64) == 8 * rows
+    assert workspace(kernel="fused_sm90") == 16 * rows
     statistics, accumulators = 8 * rows, 4 * 64 * rows
     assert workspace(kernel="fused_sm80", kernel_size=7) == statistics, "small windows: two kernels"
     assert workspace(kernel="fused_sm80", kernel_size=32) == statistics + accumulators

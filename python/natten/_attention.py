@@ -59,13 +59,11 @@ class Prepared:
     def choose_backward(self) -> tuple[Kernel, list[int], int, bool]:
         """Kernel, plan and workspace bytes of the backward pass, and whether it needs aligned tensors.
 
-        A kernel forced for the call is forced here too, where it has a backward pass; the others' results are
+        A kernel forced for the call is forced here too, where it has the backward pass; the others' results are
         interchangeable.
         """
         if self.backward is None:
-            forced = self.forced
-            if forced is not None and Operation.backward not in FAMILIES[forced].operations:
-                forced = None
+            forced = dispatch.forced_backward(self.forced, self.problem)
             decision = choose(self.problem, Operation.backward, forced)
             family = decision.family
             self.backward = (decision.kernel, list(decision.plan), decision.workspace_bytes, family.aligned)

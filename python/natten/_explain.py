@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natten._problem import Problem, attention_problem
 from natten._settings import current_flags
-from natten.dispatch import FAMILIES, Decision, Kernel, Operation, choose, forced_kernel
+from natten.dispatch import Decision, Kernel, Operation, choose, forced_backward, forced_kernel
 from natten.types import CausalFlag, Dimension
 
 __all__ = ["Explanation", "explain"]
@@ -183,7 +183,6 @@ def explain(
     if capability is None:
         decisions[0] = _with_plan(decisions[0], problem)
     if requires_grad and not decisions[0].family.composite:
-        if forced is not None and Operation.backward not in FAMILIES[forced].operations:
-            forced = None
+        forced = forced_backward(forced, problem)
         decisions.append(choose(problem, Operation.backward, forced, capability))
     return Explanation(problem, tuple(decisions))

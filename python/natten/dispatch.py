@@ -50,6 +50,8 @@ class Family:
     scale_bounds: tuple[float, float] | None = None
     #: Whether fused attention is composed of qk, softmax and av, and stores the attention weights.
     composite: bool = False
+    #: Why `backward` cannot run what `forward` can, or None.
+    backward_limits: Callable[[Problem], str | None] = field(default=lambda problem: None)
     #: Bytes of scratch memory that `backward` needs.
     workspace_bytes: Callable[[Problem], int] = field(default=lambda problem: 0)
 
@@ -75,6 +77,22 @@ def _fused_sm80_bytes(problem: Problem) -> int:
     if not _cost.accumulating_is_faster(problem):
         return needed
     return (needed + 15) // 16 * 16 + 4 * rows * (-(-problem.head_dim // 16) * 16)
+
+
+def _fused_sm90_bytes(problem: Problem) -> int:
+    """Two numbers per query and head, 16 bytes apart for the copy engine."""
+    return 16 * problem.batch * problem.queries * problem.heads
+
+
+def _fused_sm90_backward_limits(problem: Problem) -> str | None:
+    largest = max(problem.head_dim, problem.head_dim_v)
+    if largest > 128:
+        return f"takes head dims up to 128 backward, not {largest}"
+    if not isinstance(problem.additional, int) or problem.additional > 0:
+        return "takes no additional keys backward"
+    if any(isinstance(size, int) and size == 0 for size in (*problem.q_grid, *problem.kv_grid)):
+        return "takes no empty grids backward"
+    return None
 
 
 FAMILIES: Mapping[Kernel, Family] = {
@@ -115,7 +133,7 @@ FAMILIES: Mapping[Kernel, Family] = {
         Family(
             Kernel.fused_sm90,
             "cuda",
-            frozenset({Operation.forward}),
+            _FUSED,
             _HALF,
             head_dim_multiple=8,
             head_dim_maximum=256,
@@ -123,6 +141,9 @@ FAMILIES: Mapping[Kernel, Family] = {
             aligned=True,
             positive_strides=True,
             scale_bounds=(1e-6, 5e5),  # masked scores are finite, and vanish after scaling
+            most_backward_rows=(2**31 - 1) // 64,
+            backward_limits=_fused_sm90_backward_limits,
+            workspace_bytes=_fused_sm90_bytes,
         ),
     )
 }
@@ -258,6 +279,13 @@ def _architecture_problem(capability: tuple[int, int] | None) -> str | None:
     return None
 
 
+def forced_backward(forced: Kernel | None, problem: Problem) -> Kernel | None:
+    """The kernel forced for a call, where it can run the backward pass too; any other's gradients fit its results."""
+    if forced is None or Operation.backward not in FAMILIES[forced].operations:
+        return None
+    return forced if FAMILIES[forced].backward_limits(problem) is None else None
+
+
 def unavailable(kernel: Kernel, device: torch.device) -> str | None:
     """Why a kernel of the device's type runs nothing there at all, or None."""
     if FAMILIES[kernel].device == "cpu":
@@ -305,6 +333,8 @@ def _rejection(
         rows = problem.queries * problem.heads
         if not isinstance(rows, torch.SymInt) and rows > family.most_backward_rows:
             return f"takes up to {family.most_backward_rows} queries times heads backward, not {rows}"
+    if operation is Operation.backward and (limit := family.backward_limits(problem)) is not None:
+        return limit
     if family.scale_bounds is not None and not family.scale_bounds[0] <= problem.scale <= family.scale_bounds[1]:
         return f"needs a scale from {family.scale_bounds[0]:g} to {family.scale_bounds[1]:g}, not {problem.scale}"
     if family.device == "cuda":
