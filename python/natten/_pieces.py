@@ -64,13 +64,6 @@ def window_axes(
     return tuple(axes)
 
 
-def _key_range(axis: Axis, coordinate: int) -> Range:
-    """First key, and one past the last, that the query at a global coordinate attends."""
-    group, position = coordinate % axis.dilation, coordinate // axis.dilation
-    start, end = axis.window(group, position)
-    return start * axis.dilation + group, (end - 1) * axis.dilation + group + 1
-
-
 @functools.lru_cache(maxsize=4096)
 def needed_keys(axis: Axis, queries: Range) -> Range:
     """Smallest range of keys that holds the windows of all the queries.
@@ -79,8 +72,8 @@ def needed_keys(axis: Axis, queries: Range) -> Range:
     """
     first, end = queries
     count = min(axis.dilation, end - first)
-    begins = [_key_range(axis, first + i)[0] for i in range(count)]
-    ends = [_key_range(axis, end - 1 - i)[1] for i in range(count)]
+    begins = [axis.key_range(first + i)[0] for i in range(count)]
+    ends = [axis.key_range(end - 1 - i)[1] for i in range(count)]
     return min(begins), max(ends)
 
 
@@ -99,7 +92,7 @@ def intersection(a: Box, b: Box) -> Box | None:
 def _inner_queries(axis: Axis, queries: Range, keys: Range) -> Range:
     """A range of the queries whose windows lie in `keys`, maximal from its first query on; empty ranges are (b, b)."""
     begin, end = queries
-    spans = [_key_range(axis, i) for i in range(begin, end)]
+    spans = [axis.key_range(i) for i in range(begin, end)]
     inner = begin + max((i + 1 for i, span in enumerate(spans) if span[0] < keys[0]), default=0)
     outer = next((i for i in range(inner, end) if spans[i - begin][1] > keys[1]), end)
     return inner, outer

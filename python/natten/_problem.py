@@ -56,6 +56,12 @@ class Axis(NamedTuple):
         start = min(max(leader - kernel_size // 2, 0), length - kernel_size)
         return start, start + kernel_size
 
+    def key_range(self, coordinate: int) -> tuple[int, int]:
+        """Global coordinates of the first key, and one past the last, that the query at `coordinate` attends."""
+        group, position = coordinate % self.dilation, coordinate // self.dilation
+        start, end = self.window(group, position)
+        return start * self.dilation + group, (end - 1) * self.dilation + group + 1
+
     def pairs(self, queries: int) -> int:
         """Number of (query, key) pairs on this axis for `queries` queries from `q_start` on."""
         if not self.has_holes:
@@ -93,12 +99,11 @@ class Axis(NamedTuple):
                 continue
             last = first + (self.q_start + queries - 1 - first) // self.dilation * self.dilation
             # Both ends of the windows are non-decreasing, so the first and the last query decide.
-            begin = self.window(group, first // self.dilation)[0] * self.dilation + group
-            end = (self.window(group, last // self.dilation)[1] - 1) * self.dilation + group
+            begin, end = self.key_range(first)[0], self.key_range(last)[1]
             if begin < self.kv_start:
                 return first, begin
-            if end >= self.kv_start + keys:
-                return last, end
+            if end > self.kv_start + keys:
+                return last, end - 1
         return None
 
 
