@@ -27,10 +27,10 @@ from natten.bench.floors import (
     unfused_work,
     useful_pairs,
 )
-from natten.bench.peers import Contender, dense, flex, flex_order, unfold
-from natten.bench.problems import BenchProblem, load_problems, parse_problem, read_data
-from natten.bench.report import Column, circumstances, number, plain_table, write_json
-from natten.bench.run import PEERS, Row, check_dispatch, natten_contender
+from natten.bench.peers import Contender, NotSupported, dense, flex, flex_order, unfold
+from natten.bench.problems import PASSES, BenchProblem, load_problems, parse_problem, read_data
+from natten.bench.report import Column, RowFile, circumstances, number, plain_table, write_json
+from natten.bench.run import PEERS, Row, Settings, check_dense_estimate, check_dispatch, natten_contender
 from natten.bench.timing import Timing, measure, summarize
 from natten.bench.windows import axis_windows
 
@@ -412,3 +412,29 @@ def test_floor_of_the_composite_moves_the_weights_between_its_operations(rungs: 
     backward = rungs.rung_floor_ms(problem, "gemm", "backward", ceilings)
     assert backward == pytest.approx((7 * weights + 8 * tensor) * 1e-9)  # four operators, softmax's three
     assert rungs.rung_floor_ms(problem, "fused", "forward", ceilings) == pytest.approx(4 * tensor * 1e-9)
+
+
+def test_a_file_of_rows_is_whole_after_every_row(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "rows.json"
+    file = RowFile(path, {"device": "here"}, unit="ms")
+    assert json.loads(path.read_text()) == {"device": "here", "unit": "ms", "skipped": [], "rows": []}
+    file.add({"ms": 1.5})
+    file.skip(problem="large", reason="out of memory")
+    data = json.loads(path.read_text())
+    assert data["rows"] == [{"ms": 1.5}]
+    assert data["skipped"] == [{"problem": "large", "reason": "out of memory"}]
+    assert [p.name for p in path.parent.iterdir()] == ["rows.json"]  # nothing unfinished is left
+    RowFile(None, {}).add({"ms": 1.0})  # no path: nothing is written
+
+
+def test_dense_attention_too_long_for_the_limit_is_not_begun() -> None:
+    problem = dataclasses.replace(PROBLEMS[0], shape=(1000,), kernel_size=(3,), causal=(False,), dtype="float16")
+    settings = Settings(CPU, Ceilings(1.0, {"float16": 2e-3}), ("cpu",), PASSES, (), limit_ms=66.0)
+    # 2 x 2 x 1000^2 pairs, 32 operations each, at half the rate: 128 ms forward
+    with pytest.raises(NotSupported, match="estimated at 128 ms"):
+        check_dense_estimate(problem, "forward", "float16", settings)
+    causal = dataclasses.replace(problem, causal=(True,))
+    check_dense_estimate(causal, "forward", "float16", settings)
+    with pytest.raises(NotSupported, match="160 ms"):
+        check_dense_estimate(causal, "backward", "float16", settings)
+    check_dense_estimate(problem, "forward", "float32", settings)  # no rate, no estimate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from natten._library import require_library
 from natten.bench.floors import CEILINGS, measure_ceilings
 from natten.bench.problems import DTYPES, PASSES, ProblemList, load_problems
-from natten.bench.report import Column, circumstances, device_name, number, print_table, write_json
+from natten.bench.report import Column, RowFile, circumstances, device_name, number, print_table
 from natten.bench.run import (
     AUTO,
     DISPATCH_TOLERANCE,
@@ -57,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--check-dispatch", action="store_true", help="fail where 'auto' loses to a measured kernel")
     result.add_argument("--budget-ms", type=float, help="time to spend on each measurement (default 100)")
     result.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
-    result.add_argument("--limit-ms", type=float, default=5000, help="skip kernels estimated to take longer per call")
-    result.add_argument("--json", help="write the rows here, with device, versions, commit, command and date")
+    result.add_argument("--limit-ms", type=float, default=5000, help="skip what is estimated to take longer per call")
+    result.add_argument(
+        "--json", help="write the rows here as they come, with device, versions, commit, command and date"
+    )
     result.add_argument("--commit", help="revision to name in the file, where the code runs outside its repository")
     return result
 
@@ -173,27 +176,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_ms=arguments.limit_ms,
         graph=arguments.graph,
         allow_tf32=arguments.tf32,
+        end=time.monotonic() + arguments.seconds,
     )
     command = ["python", "-m", "natten", "bench", *(sys.argv[2:] if argv is None else argv)]
     head = circumstances(device, command, arguments.commit)
     recorded = problems.device == head["device"]
-    results = run(problems, arguments.dtypes, settings, recorded, arguments.unfused, arguments.seconds, _progress)
+    results = Results()
+    file = RowFile(
+        arguments.json,
+        head,
+        ceilings={"bandwidth_tbps": ceilings.bandwidth_tbps, "tflops": dict(ceilings.tflops)},
+        timing="CUDA graph replays" if settings.graph else "eager calls, host overhead included",
+        recorded_peers=problems.provenance if recorded else None,
+    )
+    for item in run(problems, arguments.dtypes, settings, recorded, arguments.unfused):
+        _progress(item)
+        results.add(item)
+        if isinstance(item, Row):
+            file.add(item.as_json())
+        else:
+            file.skip(**item.as_json())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     title = f"{head['device']}, torch {torch.__version__}" + (", CUDA graphs" if settings.graph else "")
     _print_results(results, title)
     if recorded and any(row.peers for row in results.rows):
         print(f"\nrecorded peers: {problems.provenance}")
-    if arguments.json:
-        write_json(
-            arguments.json,
-            head,
-            [row.as_json() for row in results.rows],
-            ceilings={"bandwidth_tbps": ceilings.bandwidth_tbps, "tflops": dict(ceilings.tflops)},
-            timing="CUDA graph replays" if settings.graph else "eager calls, host overhead included",
-            recorded_peers=problems.provenance if recorded else None,
-            skipped=[skip.as_json() for skip in results.skips],
-        )
     if arguments.check_dispatch:
         misjudged = check_dispatch(results.rows)
         if misjudged:

@@ -89,7 +89,11 @@ def flex_order(problem: BenchProblem) -> Tensor:
 
 
 def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Contender:
-    """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance."""
+    """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance.
+
+    Its backward pass is repeated on one graph, which torch's compiler allows without donated buffers only.
+    """
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     order = flex_order(problem).to(device)
@@ -109,7 +113,7 @@ def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Con
         return inside
 
     blocks = torch.compile(create_block_mask)(mask, None, None, problem.tokens, problem.tokens, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = functorch_config.patch(donated_buffer=False)(torch.compile(flex_attention, dynamic=False))
     grouped = problem.key_heads != problem.heads
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

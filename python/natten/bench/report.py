@@ -74,9 +74,44 @@ def write_json(path: str | Path, head: Mapping[str, Any], rows: Sequence[Mapping
     fields = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**head, **extra}.items()]
     lines = ",\n".join("    " + json.dumps(row) for row in rows)
     fields.append(f'"rows": [\n{lines}\n  ]')
+    replace_text(path, "{\n  " + ",\n  ".join(fields) + "\n}\n")
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Writes a file in one step: who reads it, or kills the writer, sees the old text or the new one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("{\n  " + ",\n  ".join(fields) + "\n}\n")
+    unfinished = target.with_name(target.name + ".part")
+    unfinished.write_text(text)
+    unfinished.replace(target)
+
+
+class RowFile:
+    """A file of measurements that is whole after every row: the run that writes it may be ended at any time.
+
+    Holds ``head`` (see :func:`circumstances`), further keys, ``skipped`` (what was not measured, with the reason), and
+    the rows. Without a path nothing is written.
+    """
+
+    def __init__(self, path: str | Path | None, head: Mapping[str, Any], **extra: Any) -> None:
+        self.path = path
+        self.head = head
+        self.extra = extra
+        self.rows: list[Mapping[str, Any]] = []
+        self.skipped: list[Mapping[str, Any]] = []
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.head, self.rows, **self.extra, skipped=self.skipped)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+        self.save()
+
+    def skip(self, **what: Any) -> None:
+        self.skipped.append(what)
+        self.save()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend
 from natten import _unfused
 from natten.bench import peers
 from natten.bench.floors import (
+    BACKWARD_FLOPS,
     OPERATORS,
     Ceilings,
     Operator,
@@ -33,6 +34,8 @@ from natten.dispatch import FAMILIES, Kernel, Operation, choose
 from natten.functional import neighborhood_attention_generic
 
 AUTO = "auto"
+
+OUT_OF_TIME = "out of time"
 
 # A kernel that loses to another by more than this share was chosen wrongly.
 DISPATCH_TOLERANCE = 0.05
@@ -51,6 +54,7 @@ class Settings:
     limit_ms: float = 5000.0
     graph: bool = False
     allow_tf32: bool = False
+    end: float = math.inf  # of `time.monotonic`: nothing is begun later
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     skips: list[Skip] = field(default_factory=list)
 
+    def add(self, item: Row | Skip) -> None:
+        if isinstance(item, Row):
+            self.rows.append(item)
+        else:
+            self.skips.append(item)
+
 
 def _estimate(problem: BenchProblem, kernel: str, operation: Operation, dtype: str, settings: Settings) -> Kernel:
     """The kernel that runs the call. Raises `NotSupported` where it cannot, or would by estimate take too long."""
@@ -126,6 +136,22 @@ def _estimate(problem: BenchProblem, kernel: str, operation: Operation, dtype: s
     if estimate is not None and estimate > settings.limit_ms:
         raise NotSupported(f"estimated at {estimate:.0f} ms, over the limit of {settings.limit_ms:.0f} ms")
     return decision.kernel
+
+
+def check_time(settings: Settings) -> None:
+    """Raises `NotSupported` when the time is up."""
+    if time.monotonic() > settings.end:
+        raise NotSupported(OUT_OF_TIME)
+
+
+def check_dense_estimate(problem: BenchProblem, pass_: Pass, dtype: str, settings: Settings) -> None:
+    """Raises `NotSupported` where dense attention would exceed the limit even at half of the device's product rate."""
+    pairs = problem.batch * problem.heads * problem.tokens**2 * (0.5 if problem.causal == (True,) else 1.0)
+    flops = pairs * 2.0 * (problem.head_dim + problem.value_dim) * (BACKWARD_FLOPS if pass_ == "backward" else 1.0)
+    rate = settings.ceilings.tflops.get(dtype)
+    estimate = 0.0 if rate is None else 2e-9 * flops / rate
+    if estimate > settings.limit_ms:
+        raise NotSupported(f"estimated at {estimate:.0f} ms, over the limit of {settings.limit_ms:.0f} ms")
 
 
 def natten_contender(problem: BenchProblem, kernel: str, dtype: torch.dtype, device: torch.device) -> Contender:
@@ -227,6 +253,9 @@ def measure_attention(
         times |= {name: by_pass[pass_] for name, by_pass in problem.recorded_ms.items()}
     for name in settings.peers:
         try:
+            check_time(settings)
+            if name.startswith("dense"):
+                check_dense_estimate(problem, pass_, dtype, settings)
             make = partial(PEERS[name], problem, torch_dtype, settings.device)
             times[name] = attempt(time_contender, make, pass_, *timed).ms
         except NotSupported as reason:
@@ -235,6 +264,7 @@ def measure_attention(
     work = attention_work(problem, pass_, dtype)
     for kernel in settings.kernels:
         try:
+            check_time(settings)
             chosen = _estimate(problem, kernel, operation, dtype, settings)
             make = partial(natten_contender, problem, kernel, torch_dtype, settings.device)
             timing = attempt(time_contender, make, pass_, *timed)
@@ -276,6 +306,7 @@ def measure_unfused(problem: BenchProblem, dtype: str, settings: Settings) -> It
     for operator in OPERATORS:
         for name in settings.kernels:
             try:
+                check_time(settings)
                 chosen = _estimate(problem, name, Operation[operator], dtype, settings)
                 with torch.no_grad():
                     timing = attempt(_time_unfused, problem, operator, chosen, dtype, settings)
@@ -302,39 +333,17 @@ def _time_unfused(problem: BenchProblem, operator: Operator, kernel: Kernel, dty
 
 
 def run(
-    problems: ProblemList,
-    dtypes: Iterable[str],
-    settings: Settings,
-    recorded: bool,
-    unfused: bool = False,
-    seconds: float = math.inf,
-    progress: Callable[[Row | Skip], None] = lambda _: None,
-) -> Results:
-    """Measures everything asked for; ``dtypes`` empty stands for each problem's own type.
-
-    After ``seconds`` no pass of a problem is begun; the skips name those left out.
-    """
-    end = time.monotonic() + seconds
-    results = Results()
+    problems: ProblemList, dtypes: Iterable[str], settings: Settings, recorded: bool, unfused: bool = False
+) -> Iterator[Row | Skip]:
+    """Measures everything asked for; ``dtypes`` empty stands for each problem's own type."""
     wanted = tuple(dtypes)
     for problem in problems.problems:
         for dtype in wanted or (problem.dtype,):
-            parts: dict[str, Iterator[Row | Skip]] = (
-                {"unfused": measure_unfused(problem, dtype, settings)}
-                if unfused
-                else {p: measure_attention(problem, p, dtype, settings, recorded) for p in settings.passes}
-            )
-            for pass_, part in parts.items():
-                if time.monotonic() > end:
-                    results.skips.append(Skip(problem.name, "every kernel", pass_, dtype, "out of time"))
-                    continue
-                for item in part:
-                    progress(item)
-                    if isinstance(item, Row):
-                        results.rows.append(item)
-                    else:
-                        results.skips.append(item)
-    return results
+            if unfused:
+                yield from measure_unfused(problem, dtype, settings)
+            else:
+                for pass_ in settings.passes:
+                    yield from measure_attention(problem, pass_, dtype, settings, recorded)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from natten._library import require_library
 from natten.bench.floors import CEILINGS, Ceilings, attention_work, measure_ceilings
 from natten.bench.problems import DTYPES, PASSES, BenchProblem, load_problems
-from natten.bench.report import Column, circumstances, device_name, number, print_table, write_json
+from natten.bench.report import Column, RowFile, circumstances, device_name, number, print_table
 from natten.bench.run import Settings, Skip
 from natten.bench.windows import checked_problem
 from natten.dispatch import FAMILIES, Kernel, Operation
@@ -62,9 +63,10 @@ def parser() -> argparse.ArgumentParser:
     add("--tf32", action="store_true", help="allow TF32 products for float32")
     add("--budget-ms", type=float, default=100.0, help="time to spend on each measurement")
     add("--limit-ms", type=float, default=5000.0, help="skip kernels estimated to take longer per call")
+    add("--seconds", type=float, default=math.inf, help="begin nothing new after this time, and end ncu then")
     add("--counters", action="store_true", help="hardware counters, by a second run under Nsight Compute's ncu")
     add("--plot", metavar="FILE", help="write a roofline picture (needs matplotlib)")
-    add("--json", metavar="FILE", help="write all numbers, with device, versions, commit, command and date")
+    add("--json", metavar="FILE", help="write all numbers as they come, with device, versions, commit and command")
     add("--commit", help="revision to name in the file, where the code runs outside its repository")
     add("--dry-run", action="store_true", help="show candidates and tile plans; nothing is run, no GPU is needed")
     add("--capability", help="with --dry-run: decide for this compute capability, for example 9.0")
@@ -327,19 +329,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_ms=arguments.limit_ms,
         graph=arguments.graph,
         allow_tf32=arguments.tf32,
+        end=time.monotonic() + arguments.seconds,
     )
+    command = ["python", "-m", "natten", "profile", *(sys.argv[2:] if argv is None else argv)]
+    head = circumstances(device, command, arguments.commit)
     rows: list[Profile] = []
     skips: list[Skip] = []
+    counted: list[counters.Counters] = []
+    file = RowFile(
+        arguments.json,
+        head,
+        ceilings={"bandwidth_tbps": ceilings.bandwidth_tbps, "tflops": dict(ceilings.tflops)},
+        timing="CUDA graph replays" if settings.graph else "eager calls, host overhead included",
+        counters=[],
+    )
     for item in profiles(problems, settings, _progress):
         if isinstance(item, Profile):
             rows.append(item)
+            file.add(item.as_json())
         else:
             skips.append(item)
+            file.skip(**item.as_json())
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
 
-    command = ["python", "-m", "natten", "profile", *(sys.argv[2:] if argv is None else argv)]
-    head = circumstances(device, command, arguments.commit)
     types = ", ".join(dict.fromkeys(problem.dtype for problem in problems))
     title = f"{head['device']}, torch {torch.__version__}, {types}{', CUDA graphs' if settings.graph else ''}"
     if rows:
@@ -351,27 +364,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {skip.problem} {skip.pass_} {skip.kernel}: {skip.reason}")
 
     status = 0 if rows else 1
-    counted: list[counters.Counters] = []
-    if arguments.counters and rows:
-        try:
-            counted = counters.count(rows, arguments.tf32)
-        except counters.CountersUnavailable as reason:
-            print(f"\nno counters: {reason}")
-            status = 1
-        else:
+    if arguments.counters:
+        for problem in problems:
+            group = [row for row in rows if row.problem.name == problem.name]
+            try:
+                if group:
+                    counted += counters.count(group, arguments.tf32, min(600.0, settings.end - time.monotonic()))
+            except counters.CountersUnavailable as reason:
+                print(f"\nno counters of {problem.name}: {reason}")
+                status = 1
+            file.extra["counters"] = [call.as_json() for call in counted]
+            file.save()
+        if counted:
             print()
             print_table(*counters_table(counted), title="counters of one call, caches empty before each launch")
     if arguments.plot and rows:
         names = ", ".join(dict.fromkeys(row.problem.name for row in rows))
         plot.draw(arguments.plot, rows, ceilings, f"{names} ({title})", counted, arguments.tf32)
-    if arguments.json:
-        write_json(
-            arguments.json,
-            head,
-            [row.as_json() for row in rows],
-            ceilings={"bandwidth_tbps": ceilings.bandwidth_tbps, "tflops": dict(ceilings.tflops)},
-            timing="CUDA graph replays" if settings.graph else "eager calls, host overhead included",
-            counters=[call.as_json() for call in counted],
-            skipped=[skip.as_json() for skip in skips],
-        )
     return status

@@ -216,6 +216,8 @@ def write_specification(path: Path, calls: Sequence[tuple[BenchProblem, Pass, st
 
 def count(profiles: Sequence[Profile], allow_tf32: bool, timeout_s: float = 600.0) -> list[Counters]:
     """Runs every measured pass once under ncu. Raises `CountersUnavailable` with the reason."""
+    if timeout_s <= 0:
+        raise CountersUnavailable("out of time")
     ncu = shutil.which("ncu")
     if ncu is None:
         raise CountersUnavailable("ncu is not on PATH; it comes with Nsight Compute and with the CUDA toolkit")
