@@ -1,0 +1,162 @@
+// Patches: a warp owns a box of at most 16 rows (queries, or keys in the key gradient), the M of mma.m16n8k16, and
+// walks exactly the columns (keys, or queries) of the union of its rows' windows. Extents are any numbers, not only
+// powers of two: ldmatrix takes one address per row of a matrix, so columns need no alignment in shared memory.
+//
+// The columns of a tile of patches lie in a *slab*, a box of rows in shared memory. A patch walks its union in
+// *chunks*: `lines` lines of `width` columns of one plane, packed without gaps: column j of a chunk is
+// (y + j / width, z + j % width). Columns past the chunk's end repeat the last one and are masked.
+//
+// The mask of a chunk is one bit per (row, column). Along z it is periodic with the width, the same for all chunks of
+// equal z and width; lines inside a row's window are a contiguous range of columns.
+#pragma once
+
+#include <cstdint>
+
+#include "window/axis.h"
+
+namespace natten::tile {
+
+constexpr int kPatchRows = 16;
+constexpr int kMostChunk = 128;  // columns of a chunk
+
+// Quotients of numbers below 128 by a divisor of at most 128.
+struct SmallDivisor {
+  uint32_t multiplier;
+
+  // 2^16 / divisor, rounded up, and at most two more: 127 * 3 / 2^16 < 1 / 128.
+  NATTEN_HOST_DEVICE static SmallDivisor make(int divisor) {
+#if defined(__CUDA_ARCH__)
+    return {uint32_t(__fdividef(65536.f, float(divisor))) + 2};
+#else
+    return {65536u / uint32_t(divisor) + 2};
+#endif
+  }
+  NATTEN_HOST_DEVICE int quotient(int numerator) const { return int(uint32_t(numerator) * multiplier >> 16); }
+};
+
+// A box of at most kPatchRows rows, z fastest. Filled on the host by make_patch.
+struct Patch {
+  int extent[kAxes];
+  uint32_t by_plane, by_line;  // 256 / (extent[1] * extent[2]) and 256 / extent[2], rounded up: exact for 16 rows
+
+  NATTEN_HOST_DEVICE int rows() const { return extent[0] * extent[1] * extent[2]; }
+  // Coordinates of row r < 16; rows past the end repeat the last coordinates of x and are not to be stored.
+  NATTEN_HOST_DEVICE void coordinates(int r, int (&c)[kAxes]) const {
+    const int x = int((uint32_t(r) * by_plane) >> 8), rest = r - x * extent[1] * extent[2];
+    c[0] = min_int(x, extent[0] - 1);
+    c[1] = int((uint32_t(rest) * by_line) >> 8);
+    c[2] = rest - c[1] * extent[2];
+  }
+};
+
+inline Patch make_patch(const int (&extent)[kAxes]) {
+  return {{extent[0], extent[1], extent[2]},
+          uint32_t(ceil_div(256, extent[1] * extent[2])),
+          uint32_t(ceil_div(256, extent[2]))};
+}
+
+// A box of rows in shared memory; distances in rows. Eight columns that are consecutive in a chunk are read without
+// bank conflicts when line - width is a multiple of 8 and a row is an odd number of 16-byte chunks.
+struct Slab {
+  int line, plane;
+  NATTEN_HOST_DEVICE int row(int x, int y, int z) const { return x * plane + y * line + z; }
+};
+
+struct Chunk {
+  int x, y, z;  // of its first column, in the slab
+  int lines, width;
+  NATTEN_HOST_DEVICE int columns() const { return lines * width; }
+};
+
+// The slab row of every column of a chunk.
+struct ChunkRows {
+  SmallDivisor by_width;
+  int first, skip, last;  // row of column 0, rows between the end of a line and the next, the last column
+
+  NATTEN_HOST_DEVICE ChunkRows(const Slab& slab, const Chunk& chunk)
+      : by_width(SmallDivisor::make(chunk.width)),
+        first(slab.row(chunk.x, chunk.y, chunk.z)),
+        skip(slab.line - chunk.width),
+        last(chunk.columns() - 1) {}
+  NATTEN_HOST_DEVICE int row(int column) const {
+    const int j = min_int(column, last);
+    return first + j + by_width.quotient(j) * skip;
+  }
+};
+
+// How a box of `extent` columns is cut into chunks of at most kMost columns: evenly, whole lines when they fit.
+struct ChunkShape {
+  int lines, width;
+
+  template <int kMost>
+  NATTEN_HOST_DEVICE static ChunkShape make(int extent_y, int extent_z) {
+    static_assert(kMost <= kMostChunk);
+    if (extent_z > kMost) return {1, ceil_div(extent_z, ceil_div(extent_z, kMost))};
+    return {ceil_div(extent_y, ceil_div(extent_y, kMost / extent_z)), extent_z};
+  }
+};
+
+// ---- masks
+
+// Shift that yields 0 from 64 on.
+NATTEN_HOST_DEVICE uint64_t shift_left(uint64_t value, int by) {
+#if defined(__CUDA_ARCH__)
+  uint64_t result;
+  asm("shl.b64 %0, %1, %2;" : "=l"(result) : "l"(value), "r"(by));
+  return result;
+#else
+  return by >= 64 ? 0 : value << by;
+#endif
+}
+
+// Bits [begin, end) of 64, after clamping both to 0..64.
+NATTEN_HOST_DEVICE uint64_t bits_between(int begin, int end) {
+  const int low = max_int(begin, 0), high = max_int(end, 0);
+  return shift_left(~uint64_t{0}, low) & ~shift_left(~uint64_t{0}, high);
+}
+
+// The z part of a row's mask: of columns [64 half, 64 half + 64) of a chunk, those whose j % width lies in `range`.
+NATTEN_HOST_DEVICE uint64_t column_pattern(Range range, int width, int half) {
+  const int into = half == 0 ? 0 : 64 % width;  // where in a line the half begins
+  uint64_t lines = bits_between(range.begin, range.end);
+  for (int period = width; period < 64; period *= 2) lines |= lines << period;
+  return bits_between(range.begin - into, range.end - into) | (into == 0 ? lines : shift_left(lines, width - into));
+}
+
+// The line part: columns of lines in `range`, counted from the chunk's first.
+NATTEN_HOST_DEVICE uint64_t line_bits(Range range, int width, int half) {
+  return bits_between(range.begin * width - 64 * half, range.end * width - 64 * half);
+}
+
+// The mask of a chunk as a thread holds its accumulators: columns 8 j + 2 (lane % 4) + {0, 1} of rows lane / 4 and
+// lane / 4 + 8.
+struct PatchMask {
+  uint32_t word[kMostChunk / 64];
+
+  // `element`: 0, 1 of the first row, 2, 3 of the second.
+  NATTEN_HOST_DEVICE bool keeps(int column_block, int element) const {
+    return (word[column_block / 8] >> (8 * (column_block % 4) + 4 * (column_block / 4 % 2) + element)) & 1;
+  }
+  // What the thread needs of a half of its rows' bits.
+  NATTEN_HOST_DEVICE static uint32_t pick(uint64_t first_row, uint64_t second_row, int quad) {
+    const uint32_t low =
+        (uint32_t(first_row) >> (2 * quad) & 0x03030303u) | (uint32_t(second_row) >> (2 * quad) & 0x03030303u) << 2;
+    const uint32_t high = (uint32_t(first_row >> 32) >> (2 * quad) & 0x03030303u) |
+                          (uint32_t(second_row >> 32) >> (2 * quad) & 0x03030303u) << 2;
+    return low | high << 4;
+  }
+
+#if defined(__CUDACC__)
+  // `bits`: lane l passes those of row l % 16, half l / 16. To be called by whole warps.
+  __device__ static __forceinline__ PatchMask distribute(uint64_t bits, int lane) {
+    PatchMask mask;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      mask.word[half] = pick(__shfl_sync(~0u, bits, 16 * half + lane / 4),
+                             __shfl_sync(~0u, bits, 16 * half + lane / 4 + 8), lane % 4);
+    return mask;
+  }
+#endif
+};
+
+}  // namespace natten::tile
