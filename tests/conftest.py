@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ settings.register_profile(
 )
 settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=_slow)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# What was tuned on this machine must not decide what tests run.
+os.environ["NATTEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="natten-tests-")
 
 
 # Parallel workers share the cores: as many threads each as there are cores for it.

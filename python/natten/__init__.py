@@ -7,6 +7,7 @@ from natten import _composites as _composites
 from natten._explain import Explanation, explain
 from natten._library import HAS_LIBNATTEN
 from natten._tiled import tiled, tiled_memory_bytes
+from natten._tune import Tuning, tune
 from natten.context import (
     are_deterministic_algorithms_enabled,
     get_memory_usage_preference,
@@ -37,6 +38,7 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "Tuning",
     "__version__",
     "are_deterministic_algorithms_enabled",
     "attention",
@@ -55,6 +57,7 @@ __all__ = [
     "set_memory_usage_preference",
     "tiled",
     "tiled_memory_bytes",
+    "tune",
     "use_deterministic_algorithms",
 ]
 

@@ -77,6 +77,12 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 
 
+def forget() -> None:
+    """Kernels are chosen anew for repeated calls too."""
+    dispatch.forget()
+    _prepared.clear()
+
+
 def attend(
     rank: int,
     query: Tensor,
@@ -145,7 +151,7 @@ def attend(
         return _Attention.apply(  # type: ignore[no-untyped-call, no-any-return]
             call, query, key, value, additional_keys, additional_values
         )
-    return _fused_forward(call, query, key, value, additional_keys, additional_values)
+    return fused_forward(call, query, key, value, additional_keys, additional_values)
 
 
 def _prepare(
@@ -266,7 +272,7 @@ def _logsumexp(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), -1)
 
 
-def _fused_forward(
+def fused_forward(
     call: Prepared,
     query: Tensor,
     key: Tensor,
@@ -300,7 +306,7 @@ def _fused_forward(
     return out, lse
 
 
-def _fused_backward(
+def fused_backward(
     call: Prepared,
     tensors: Sequence[Any],
     grad_out: Tensor | None,
@@ -349,7 +355,7 @@ class _Attention(torch.autograd.Function):
         additional_keys: Tensor | None,
         additional_values: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _fused_forward(call, query, key, value, additional_keys, additional_values)
+        out, lse = fused_forward(call, query, key, value, additional_keys, additional_values)
         ctx.call = call
         ctx.save_for_backward(query, key, value, additional_keys, additional_values, out, lse)
         ctx.set_materialize_grads(False)
@@ -365,7 +371,7 @@ class _Attention(torch.autograd.Function):
             # Asked for a graph of this pass: fused kernels have none, the unfused operators do, to any order.
             return (None, *_backward_with_graph(call, tensors[:5], ctx.needs_input_grad[1:], grad_out, grad_lse))
         grads = [None if t is None else t.new_empty(t.shape) for t in tensors[:5]]
-        _fused_backward(call, tensors, grad_out, grad_lse, grads)
+        fused_backward(call, tensors, grad_out, grad_lse, grads)
         return (None, *grads)
 
 
@@ -375,7 +381,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Prepared, packed: Tensor) -> Tensor:
         query, key, value = packed.unbind(-3)
-        out, lse = _fused_forward(call, query, key, value, None, None)
+        out, lse = fused_forward(call, query, key, value, None, None)
         ctx.call = call
         ctx.save_for_backward(packed, out, lse)
         return out
@@ -388,7 +394,7 @@ class _PackedAttention(torch.autograd.Function):
             needed = (True, True, True, False, False)
             return None, torch.stack(_backward_with_graph(ctx.call, parts, needed, grad_out, None)[:3], -3)
         grad = packed.new_empty(packed.shape)
-        _fused_backward(ctx.call, (*parts, out, lse), grad_out, None, (*grad.unbind(-3), None, None))
+        fused_backward(ctx.call, (*parts, out, lse), grad_out, None, (*grad.unbind(-3), None, None))
         return None, grad
 
 
@@ -414,7 +420,7 @@ def attend_packed(
         return composite(call.problem, query, key, value, None, None, Kernel(call.kernel), with_lse=False)[0]
     if requires_grad:
         return _PackedAttention.apply(call, packed)  # type: ignore[no-untyped-call, no-any-return]
-    return _fused_forward(call, query, key, value, None, None)[0]
+    return fused_forward(call, query, key, value, None, None)[0]
 
 
 def _backward_with_graph(

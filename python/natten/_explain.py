@@ -31,7 +31,12 @@ _PLAN_FIELDS = {
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # natten::ScalarType
 
 
-def _with_plan(decision: Decision, problem: Problem) -> Decision:
+def plan_fields(kernel: Kernel) -> tuple[tuple[str, int], ...]:
+    """Names of the numbers of a kernel's plan, and how many each has."""
+    return _PLAN_FIELDS.get(kernel, ())
+
+
+def with_plan(decision: Decision, problem: Problem) -> Decision:
     """The decision with the plan that the kernel will make, where it can be asked: on the device it is for."""
     ready = problem.device.type == "cpu" or (problem.device.type == "cuda" and torch.cuda.is_available())
     if decision.kernel not in _PLAN_FIELDS or decision.plan or not ready or problem.is_symbolic:
@@ -54,11 +59,17 @@ def _with_plan(decision: Decision, problem: Problem) -> Decision:
     return replace(decision, plan=tuple(plan))
 
 
+def _origin(decision: Decision) -> str:
+    if decision.measured is not None:
+        return f" (tuned: {decision.measured:.4g} ms)"
+    return " (forced)" if decision.forced else ""
+
+
 def _plan_text(decision: Decision) -> str:
     values = iter(decision.plan)
     fields = [
         f"{name} {'x'.join(str(next(values)) for _ in range(count))}"
-        for name, count in _PLAN_FIELDS.get(decision.kernel, ())
+        for name, count in plan_fields(decision.kernel)
         if decision.plan
     ]
     return ", ".join(fields) or "left to the kernel"
@@ -97,7 +108,7 @@ class Explanation:
                 f"{causal}, queries from {axis.q_start}, keys from {axis.kv_start}, extent {axis.extent}"
             )
         for decision in self.decisions:
-            lines.append(f"{decision.operation.value}: {decision.kernel.name}{' (forced)' if decision.forced else ''}")
+            lines.append(f"{decision.operation.value}: {decision.kernel.name}{_origin(decision)}")
             for candidate in decision.candidates:
                 mark = "->" if candidate.kernel == decision.kernel else "  "
                 cost = "" if candidate.milliseconds is None else f"about {candidate.milliseconds:.4g} ms"
@@ -181,7 +192,7 @@ def explain(
     forced = forced_kernel(kernel, backend, device)
     decisions = [choose(problem, Operation.forward, forced, capability, requires_grad)]
     if capability is None:
-        decisions[0] = _with_plan(decisions[0], problem)
+        decisions[0] = with_plan(decisions[0], problem)
     if requires_grad and not decisions[0].family.composite:
         forced = forced_backward(forced, problem)
         decisions.append(choose(problem, Operation.backward, forced, capability))

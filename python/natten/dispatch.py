@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from natten import _cost, _library, context
+from natten import _cost, _library, _tuned, context
 from natten._kernels import Kernel, Operation
 from natten._problem import DTYPES, Problem
 
@@ -189,6 +189,8 @@ class Decision:
     workspace_bytes: int
     forced: bool
     candidates: tuple[Candidate, ...]
+    #: Milliseconds that `natten.tune` measured, where its results decided.
+    measured: float | None = None
 
     @property
     def family(self) -> Family:
@@ -404,6 +406,11 @@ _MAX_DECISIONS = 4096
 _decisions: dict[tuple[object, ...], Decision] = {}
 
 
+def forget() -> None:
+    """Decisions are made anew."""
+    _decisions.clear()
+
+
 def choose(
     problem: Problem,
     operation: Operation,
@@ -437,6 +444,7 @@ def _decide(
     requires_grad: bool,
 ) -> Decision:
     standing = candidates(problem, operation, capability, requires_grad)
+    tuned: _tuned.Measured | None = None
     if forced is not None:
         mine = standing[list(FAMILIES).index(forced)]
         if mine.rejected is not None:
@@ -453,9 +461,14 @@ def _decide(
             reasons = "; ".join(dict.fromkeys(f"{c.rejected}" for c in local))
             raise RuntimeError(f"no kernel can run {operation.value} on {problem.device}: {reasons}")
         chosen = min(possible, key=lambda c: c.milliseconds or 0.0)
-    family = FAMILIES[chosen.kernel]
-    workspace = family.workspace_bytes(problem) if operation is Operation.backward else 0
-    return Decision(operation, chosen.kernel, (), workspace, forced is not None, standing)
+        if capability is None:
+            usable = {c.kernel for c in possible if not (requires_grad and FAMILIES[c.kernel].composite)}
+            tuned = next((m for m in _tuned.lookup(problem, operation) if m.kernel in usable), None)
+    kernel, plan, measured = (
+        (chosen.kernel, (), None) if tuned is None else (tuned.kernel, tuned.plan, tuned.milliseconds)
+    )
+    workspace = FAMILIES[kernel].workspace_bytes(problem) if operation is Operation.backward else 0
+    return Decision(operation, kernel, plan, workspace, forced is not None, standing, measured)
 
 
 def _limit_memory(candidate: Candidate, problem: Problem, operation: Operation) -> Candidate:
