@@ -97,7 +97,7 @@ def test_dense_attention_wastes_nothing() -> None:
 def test_scores_hold_every_pair_once_at_least(kernel: Kernel, pass_: str) -> None:
     useful = SMALL.batch * SMALL.heads * checked_problem(SMALL, torch.float16, CPU).window_pairs()
     steps = plan(SMALL, kernel, pass_)
-    assert bool(steps) == (kernel is not Kernel.fused_sm90 or pass_ == "forward")
+    assert steps
     for step in steps:
         if not step.step.tiles:
             assert step.scores == useful
@@ -114,6 +114,12 @@ def test_channels_are_padded_to_a_class() -> None:
     one = dataclasses.replace(SMALL, head_dim=96, head_dim_v=96)
     for kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
         assert plan(odd, kernel, "forward")[0].flops == plan(one, kernel, "forward")[0].flops
+    # Fewer classes backward on Hopper.
+    narrow, wide = (dataclasses.replace(SMALL, head_dim=d, head_dim_v=d) for d in (16, 64))
+    for step, same in zip(
+        plan(narrow, Kernel.fused_sm90, "backward"), plan(wide, Kernel.fused_sm90, "backward"), strict=True
+    ):
+        assert step.flops == same.flops
     qk, av = plan(odd, Kernel.gemm, "forward")
     assert qk.flops / av.flops == 72 / 40
 
@@ -165,6 +171,12 @@ def test_tiles_of_fused_sm90_are_the_configured_ones() -> None:
         keys.setdefault(int(head_dim), set()).add(int(count))
     assert {d: {tile.box for tile in choice} for d, choice in tiles._SM90.items()} == keys
     assert "constexpr int kQueries = 64;" in text
+    gradients = (KERNELS / "fused_sm90" / "backward_config.h").read_text()
+    shapes = re.search(r"constexpr GradientShape kGradientShapes\[\] = {(.*?)\n};", gradients, re.S)
+    assert shapes is not None
+    walked = {(int(d), int(box)) for d, box in re.findall(r"{(\d+), Side::\w+, (\d+), ", shapes[1])}
+    (tile,) = tiles._SM90_GRADIENTS
+    assert walked == {(d, tile.box) for d in tiles._SM90_GRADIENT_CLASSES}
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Literal
 
@@ -48,6 +49,7 @@ class Step:
     tiles: tuple[Tile, ...] = ()  # to choose from; none: exactly the scores inside windows
     box_innermost: int = 8  # the box's innermost extent is a multiple
     masked_charge: float = 0.0  # of a box that needs a mask, as the planner charges it
+    head_dim: int | None = None  # that both head dims are padded to
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,16 @@ _SM90: Mapping[int, tuple[Tile, ...]] = {
     head_dim: tuple(Tile(64, 64, keys) for keys in steps)
     for head_dim, steps in {32: (128, 64), 64: (128, 64), 96: (128, 64), 128: (128, 64), 192: (64,), 256: (64,)}.items()
 }
+# Its backward pass, cpp/kernels/fused_sm90/backward_config.h: 64 owned rows a warpgroup, boxes of 64 tokens.
+_SM90_GRADIENTS = (Tile(64, 64, 64),)
+_SM90_GRADIENT_CLASSES = (64, 128)
 _GEMM = (Tile(64, 64, 64),)  # cpp/kernels/gemm/plan.h
 _HEAD_DIM_CLASSES = tuple(_SM90)
 
 
-def padded_head_dims(kernel: Kernel, problem: Problem) -> tuple[int, int]:
-    """Head dim and value head dim as the family's products see them."""
-    if kernel not in (Kernel.fused_sm80, Kernel.fused_sm90):
-        return problem.head_dim, problem.head_dim_v
-    padded = next(size for size in _HEAD_DIM_CLASSES if max(problem.head_dim, problem.head_dim_v) <= size)
-    return padded, padded
+def padded_head_dim(problem: Problem, classes: Iterable[int] = _HEAD_DIM_CLASSES) -> int:
+    """The class that a fused kernel pads both head dims to."""
+    return next(size for size in classes if max(problem.head_dim, problem.head_dim_v) <= size)
 
 
 def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
@@ -126,17 +128,25 @@ def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
         inverse = Step("inverse_av", "keys", (0, 1), _GEMM, box_innermost=1)
         return replace(qk, products=(0, 1)), av, inverse, replace(inverse, products=(1, 0))
     if kernel is Kernel.fused_sm90:
-        head_dim = padded_head_dims(kernel, problem)[0]
-        return (Step("forward", "queries", (1, 1), _SM90[head_dim], masked_charge=0.1),) if forward else ()
-    if kernel is Kernel.fused_sm80:
-        head_dim = padded_head_dims(kernel, problem)[0]
         if forward:
-            return (Step("forward", "queries", (1, 1), _SM80_QUERIES[head_dim], masked_charge=0.25),)
+            head_dim = padded_head_dim(problem)
+            return (Step("forward", "queries", (1, 1), _SM90[head_dim], masked_charge=0.1, head_dim=head_dim),)
+        if max(problem.head_dim, problem.head_dim_v) > _SM90_GRADIENT_CLASSES[-1]:
+            return ()
+        step = partial(
+            Step, tiles=_SM90_GRADIENTS, masked_charge=0.1, head_dim=padded_head_dim(problem, _SM90_GRADIENT_CLASSES)
+        )
+        return step("query gradient", "queries", (2, 1)), step("key gradient", "keys", (2, 2))
+    if kernel is Kernel.fused_sm80:
+        head_dim = padded_head_dim(problem)
+        step = partial(Step, masked_charge=0.25, head_dim=head_dim)
+        if forward:
+            return (step("forward", "queries", (1, 1), _SM80_QUERIES[head_dim]),)
         if _cost.accumulating_is_faster(problem):
-            return (Step("accumulating", "keys", (3, 2), _SM80_ACCUMULATING[head_dim], masked_charge=0.25),)
+            return (step("accumulating", "keys", (3, 2), _SM80_ACCUMULATING[head_dim]),)
         return (
-            Step("query gradient", "queries", (2, 1), _SM80_GRAD_QUERY[head_dim], masked_charge=0.25),
-            Step("key gradient", "keys", (2, 2), _SM80_GRAD_KEY[head_dim], masked_charge=0.25),
+            step("query gradient", "queries", (2, 1), _SM80_GRAD_QUERY[head_dim]),
+            step("key gradient", "keys", (2, 2), _SM80_GRAD_KEY[head_dim]),
         )
     if forward:
         return (Step("forward", "queries", (1, 1)),)
@@ -203,7 +213,8 @@ def plan_step(kernel: Kernel, problem: Problem, step: Step, stated: tuple[int, .
     assert problem.additional == 0
     assert tuple(axis.extent for axis in problem.axes) == problem.q_grid == problem.kv_grid
     copies = problem.batch * problem.heads
-    products = zip(step.products, padded_head_dims(kernel, problem), strict=True)
+    head_dims = (step.head_dim or problem.head_dim, step.head_dim or problem.head_dim_v)
+    products = zip(step.products, head_dims, strict=True)
     operations = 2.0 * sum(count * channels for count, channels in products)
     if not step.tiles:
         scores = copies * problem.window_pairs()
