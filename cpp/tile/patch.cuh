@@ -14,6 +14,10 @@
 
 #include "window/axis.h"
 
+#if defined(__CUDACC__)
+#include "ptx/math.h"
+#endif
+
 namespace natten::tile {
 
 constexpr int kPatchRows = 16;
@@ -26,7 +30,7 @@ struct SmallDivisor {
   // 2^16 / divisor, rounded up, and at most two more: 127 * 3 / 2^16 < 1 / 128.
   NATTEN_HOST_DEVICE static SmallDivisor make(int divisor) {
 #if defined(__CUDA_ARCH__)
-    return {uint32_t(__fdividef(65536.f, float(divisor))) + 2};
+    return {uint32_t(65536.f * ptx::reciprocal(float(divisor))) + 2};
 #else
     return {65536u / uint32_t(divisor) + 2};
 #endif
@@ -40,12 +44,13 @@ struct Patch {
   uint32_t by_plane, by_line;  // 256 / (extent[1] * extent[2]) and 256 / extent[2], rounded up: exact for 16 rows
 
   NATTEN_HOST_DEVICE int rows() const { return extent[0] * extent[1] * extent[2]; }
-  // Coordinates of row r < 16; rows past the end repeat the last coordinates of x and are not to be stored.
+  // Coordinates of row r < 16. Rows past the end repeat the last one; they are not to be stored.
   NATTEN_HOST_DEVICE void coordinates(int r, int (&c)[kAxes]) const {
-    const int x = int((uint32_t(r) * by_plane) >> 8), rest = r - x * extent[1] * extent[2];
-    c[0] = min_int(x, extent[0] - 1);
-    c[1] = int((uint32_t(rest) * by_line) >> 8);
-    c[2] = rest - c[1] * extent[2];
+    const uint32_t row = uint32_t(min_int(r, rows() - 1));
+    c[0] = int((row * by_plane) >> 8);
+    const uint32_t rest = row - c[0] * extent[1] * extent[2];
+    c[1] = int((rest * by_line) >> 8);
+    c[2] = int(rest) - c[1] * extent[2];
   }
 };
 
@@ -116,11 +121,11 @@ NATTEN_HOST_DEVICE uint64_t bits_between(int begin, int end) {
 }
 
 // The z part of a row's mask: of columns [64 half, 64 half + 64) of a chunk, those whose j % width lies in `range`.
-NATTEN_HOST_DEVICE uint64_t column_pattern(Range range, int width, int half) {
-  const int into = half == 0 ? 0 : 64 % width;  // where in a line the half begins
+NATTEN_HOST_DEVICE uint64_t column_pattern(Range range, int width, SmallDivisor by_width, int half) {
+  const int into = half == 0 ? 0 : 64 - by_width.quotient(64) * width;  // where in a line the half begins
   uint64_t lines = bits_between(range.begin, range.end);
   for (int period = width; period < 64; period *= 2) lines |= lines << period;
-  return bits_between(range.begin - into, range.end - into) | (into == 0 ? lines : shift_left(lines, width - into));
+  return bits_between(range.begin - into, range.end - into) | shift_left(lines, width - into);
 }
 
 // The line part: columns of lines in `range`, counted from the chunk's first.
@@ -147,13 +152,20 @@ struct PatchMask {
   }
 
 #if defined(__CUDACC__)
-  // `bits`: lane l passes those of row l % 16, half l / 16. To be called by whole warps.
+  // `bits`: lane l passes those of row l % 16, half l / 16. To be called by whole warps. Two lanes prepare the words of
+  // the four that hold a pair of rows; words that come out of a shuffle are also tested seven bits at a time.
   __device__ static __forceinline__ PatchMask distribute(uint64_t bits, int lane) {
+    const bool upper = lane & 8;
+    const uint64_t other = __shfl_xor_sync(~0u, bits, 8);
+    const uint64_t first_row = upper ? other : bits, second_row = upper ? bits : other;
+    const uint32_t even = pick(first_row, second_row, upper ? 2 : 0), odd = pick(first_row, second_row, upper ? 3 : 1);
     PatchMask mask;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      mask.word[half] = pick(__shfl_sync(~0u, bits, 16 * half + lane / 4),
-                             __shfl_sync(~0u, bits, 16 * half + lane / 4 + 8), lane % 4);
+    for (int half = 0; half < 2; ++half) {
+      const int source = 16 * half + lane / 4 + 4 * (lane & 2);
+      const uint32_t a = __shfl_sync(~0u, even, source), b = __shfl_sync(~0u, odd, source);
+      mask.word[half] = lane & 1 ? b : a;
+    }
     return mask;
   }
 #endif
