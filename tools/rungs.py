@@ -11,8 +11,8 @@ grid      Average improvements over the naive kernels, per rank and type, over a
           are arithmetic. naive and gemm are the composite qk + softmax + av in their kernels.
 recorded  The problems of rungs_h200.json, on which the paper's own kernels were timed on an H200: passes and parts.
 
-Writes OUTPUT.json and OUTPUT.txt; prints the tables. With `--seconds` the grid is sampled, evenly over ranks and types,
-until the time is up; the tables say how much of the grid was covered.
+Writes OUTPUT.json and OUTPUT.txt as it goes; prints the tables. With `--seconds` the grid is sampled, evenly over ranks
+and types, until the time is up; the tables say how much of the grid was covered.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,7 +36,7 @@ from natten._library import require_library
 from natten.bench.floors import CEILINGS, Ceilings, attention_work, composite_works, floor, measure_ceilings
 from natten.bench.peers import Contender, NotSupported, random_inputs
 from natten.bench.problems import DTYPES, PASSES, BenchProblem, Pass, parse_problem, read_data
-from natten.bench.report import Column, circumstances, device_name, number, plain_table, write_json
+from natten.bench.report import Column, circumstances, device_name, number, plain_table, replace_text, write_json
 from natten.bench.run import attempt, natten_contender, time_contender
 from natten.bench.timing import Timing, measure
 from natten.bench.windows import checked_problem
@@ -195,9 +194,8 @@ def measure_rung(problem: BenchProblem, rung: str, settings: Settings) -> Measur
     return Measurement(problem, rung, tuple(dict.fromkeys(kernels)), ms, shares)
 
 
-def sweep(problems: Sequence[BenchProblem], settings: Settings, seconds: float | None) -> Iterator[Measurement]:
+def sweep(problems: Sequence[BenchProblem], settings: Settings, end: float | None) -> Iterator[Measurement]:
     """Every rung on every problem, until the time is up."""
-    end = None if seconds is None else time.monotonic() + seconds
     for problem in problems:
         if end is not None and time.monotonic() > end:
             return
@@ -322,9 +320,11 @@ def part_timing(problem: BenchProblem, part: str, kernel: Kernel, settings: Sett
     return measure(call, settings.device, settings.budget_ms)
 
 
-def recorded_rows(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Passes and parts of the problems that the paper's own kernels were timed on."""
+def recorded_rows(settings: Settings, end: float | None) -> Iterator[dict[str, Any]]:
+    """Passes and parts of the problems that the paper's own kernels were timed on, until the time is up."""
     for entry in read_data("rungs_h200.json")["problems"]:
+        if end is not None and time.monotonic() > end:
+            break
         problem = parse_problem(entry)
         for name, theirs in entry["rungs_ms"].items():
             rung = name.split("_")[0]
@@ -369,7 +369,7 @@ def recorded_table(rows: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("grid", "recorded", "both"), default="both")
-    parser.add_argument("--seconds", type=float, help="sample the grid until this time is up")
+    parser.add_argument("--seconds", type=float, help="begin no problem after this time; the grid is sampled")
     parser.add_argument("--seed", type=int, default=0, help="of the grid's order")
     parser.add_argument("--budget-ms", type=float, default=20.0, help="time to spend on each measurement")
     parser.add_argument("--rank", type=int, choices=(1, 2, 3), help="only this rank of the grid")
@@ -386,28 +386,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = circumstances(
         device, ["python", "tools/rungs.py", *(argv if argv is not None else sys.argv[1:])], arguments.commit
     )
-    text: list[str] = [f"{head['device']}, driver {head['driver']}, torch {torch.__version__}, {head['date']}"]
+    end = None if arguments.seconds is None else time.monotonic() + arguments.seconds
     rows: list[dict[str, Any]] = []
+    measurements: list[Measurement] = []
+    problems = [problem for problem in grid() if arguments.rank in (None, problem.rank)]
     extra: dict[str, Any] = {}
     if arguments.part != "grid":
-        rows += recorded_rows(settings)
         recorded = read_data("rungs_h200.json")
         extra["recorded"] = f"{recorded['provenance']} {recorded['units']}"
-        text.append("ms (times faster than the recorded kernels of the paper)\n" + recorded_table(rows))
+
+    def report() -> str:
+        """The tables of what is measured so far; written with the rows, so that the run may be ended at any time."""
+        text = [f"{head['device']}, driver {head['driver']}, torch {torch.__version__}, {head['date']}"]
+        if rows:
+            text.append("ms (times faster than the recorded kernels of the paper)\n" + recorded_table(rows))
+        if measurements:
+            means = averages(measurements)
+            covered = len({(m.problem.name, m.problem.dtype) for m in measurements})
+            extra.update(grid=len(problems), covered=covered, averages=[mean.as_json() for mean in means])
+            text.append(f"averages over {covered} of {len(problems)} problems\n" + averages_table(means))
+        if arguments.output:
+            write_json(arguments.output + ".json", head, [*rows, *(m.as_json() for m in measurements)], **extra)
+            replace_text(arguments.output + ".txt", "\n\n".join(text) + "\n")
+        return "\n\n".join(text)
+
+    if arguments.part != "grid":
+        for row in recorded_rows(settings, end):
+            rows.append(row)
+            report()
     if arguments.part != "recorded":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if arguments.tf32 else "ieee"
-        problems = [problem for problem in grid() if arguments.rank in (None, problem.rank)]
-        order = problems if arguments.seconds is None else evenly_sampled(problems, arguments.seed)
-        measurements = list(sweep(order, settings, arguments.seconds))
-        covered = len({(m.problem.name, m.problem.dtype) for m in measurements})
-        means = averages(measurements)
-        rows += [measurement.as_json() for measurement in measurements]
-        extra |= {"grid": len(problems), "covered": covered, "averages": [mean.as_json() for mean in means]}
-        text.append(f"averages over {covered} of {len(problems)} problems\n" + averages_table(means))
-    print("\n\n".join(text))
-    if arguments.output:
-        write_json(arguments.output + ".json", head, rows, **extra)
-        Path(arguments.output + ".txt").write_text("\n\n".join(text) + "\n")
+        order = problems if end is None else evenly_sampled(problems, arguments.seed)
+        for measurement in sweep(order, settings, end):
+            measurements.append(measurement)
+            if measurement.rung == RUNGS[-1]:  # averages compare whole problems
+                report()
+    print(report())
     return 0
 
 
