@@ -56,7 +56,7 @@ def with_plan(decision: Decision, problem: Problem) -> Decision:
             _TYPES.index(problem.dtype),
             problem.flags,
         )
-    return replace(decision, plan=tuple(plan))
+    return decision._replace(plan=tuple(plan))
 
 
 def _origin(decision: Decision) -> str:

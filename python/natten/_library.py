@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +19,7 @@ _ARCHITECTURES = ((1, "80"), (2, "86"), (4, "90a"))
 fragment: torch.library.Library = torch.library.Library("natten", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
-class BuildInfo:
+class BuildInfo(NamedTuple):
     """What the loaded library holds."""
 
     version: int
@@ -52,7 +51,7 @@ def _load() -> tuple[Path | None, str]:
         return None, f"{path} could not be loaded: {error.__cause__ or error}"
     for name in _OPERATORS:
         # Every operator writes into its arguments and returns nothing.
-        torch.library.register_fake(f"natten::{name}", _returns_nothing, lib=fragment)
+        fragment.impl(name, _returns_nothing, "Meta")  # type: ignore[no-untyped-call]
     return path, ""
 
 

@@ -8,9 +8,8 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +22,7 @@ __all__ = ["Measured", "cache_directory", "forget", "lookup", "path_for", "store
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """The time of one pass with one kernel and plan; an empty plan leaves the tiles to the kernel."""
 
     kernel: Kernel

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,8 @@ class Family:
     dtypes: frozenset[torch.dtype]
     head_dim_multiple: int = 1
     head_dim_maximum: int | None = None
+    #: The same for float32, where it differs.
+    float32_head_dim_maximum: int | None = None
     #: Compute capability needed: at least `minimum_capability`; exactly `exact_capability`.
     minimum_capability: tuple[int, int] | None = None
     exact_capability: tuple[int, int] | None = None
@@ -54,6 +57,12 @@ class Family:
     backward_limits: Callable[[Problem], str | None] = field(default=lambda problem: None)
     #: Bytes of scratch memory that `backward` needs.
     workspace_bytes: Callable[[Problem], int] = field(default=lambda problem: 0)
+
+    def largest_head_dim(self, dtype: torch.dtype) -> int | None:
+        """The largest head dim that it takes; None without a bound."""
+        if dtype == torch.float32 and self.float32_head_dim_maximum is not None:
+            return self.float32_head_dim_maximum
+        return self.head_dim_maximum
 
 
 def _delta_bytes(problem: Problem) -> int:
@@ -122,9 +131,10 @@ FAMILIES: Mapping[Kernel, Family] = {
             Kernel.fused_sm80,
             "cuda",
             _FUSED,
-            _HALF,
+            _HALF | {torch.float32},
             head_dim_multiple=8,
             head_dim_maximum=256,
+            float32_head_dim_maximum=128,
             minimum_capability=(8, 0),
             most_backward_rows=(2**31 - 1) // 64,
             aligned=True,
@@ -166,8 +176,7 @@ _BACKENDS: Mapping[str, Kernel | None] = {
 }
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One kernel family's standing in a decision."""
 
     kernel: Kernel
@@ -179,8 +188,7 @@ class Candidate:
     memory_bytes: int
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The kernel of one operation, and every candidate's standing."""
 
     operation: Operation
@@ -329,8 +337,9 @@ def _rejection(
     for name, size in (("head dim", problem.head_dim), ("value head dim", problem.head_dim_v)):
         if size % family.head_dim_multiple != 0:
             return f"needs a {name} that is a multiple of {family.head_dim_multiple}, not {size}"
-        if family.head_dim_maximum is not None and size > family.head_dim_maximum:
-            return f"takes a {name} up to {family.head_dim_maximum}, not {size}"
+        most = family.largest_head_dim(problem.dtype)
+        if most is not None and size > most:
+            return f"takes a {name} up to {most}, not {size}"
     if operation is Operation.backward and family.most_backward_rows is not None:
         rows = problem.queries * problem.heads
         if not isinstance(rows, torch.SymInt) and rows > family.most_backward_rows:
