@@ -146,6 +146,7 @@ def python_blocks(page: str) -> list[str]:
         "docs/switching.md",
         "docs/dispatch.md",
         "docs/distributed.md",
+        "docs/patterns.md",
     ],
 )
 def test_code_in_the_documentation_runs(page: str) -> None:
@@ -166,7 +167,10 @@ def test_table_of_kernels_is_the_dispatchers() -> None:
         runs_on, dtypes, head_dims, operations = (cell.strip() for cell in row.split("|"))
         assert set(dtypes.split(", ")) == {str(dtype).removeprefix("torch.") for dtype in family.dtypes}
         multiple, most = family.head_dim_multiple, family.head_dim_maximum
-        assert head_dims == (f"multiples of {multiple} up to {most}" if multiple > 1 else "any")
+        stated = f"multiples of {multiple} up to {most}" if multiple > 1 else "any"
+        if family.float32_head_dim_maximum is not None:
+            stated += f", float32 {family.float32_head_dim_maximum}"
+        assert head_dims == stated
         assert set(operations.split(", ")) == {
             operation.value for operation in family.operations if operation.value in ("forward", "backward", "qk", "av")
         }

@@ -75,7 +75,7 @@ class Launch:
     @property
     def short_name(self) -> str:
         """The function without template arguments and parameters."""
-        name = self.function.removeprefix("void ").replace("(anonymous namespace)::", "")
+        name = re.sub(r"(\(anonymous namespace\)|<unnamed>)::", "", self.function.removeprefix("void "))
         while (shorter := re.sub(r"<[^<>]*>", "", name)) != name:
             name = shorter
         return name.split("(")[0].strip()
