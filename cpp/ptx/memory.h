@@ -36,6 +36,12 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+  return pair;
+}
+
 // address[0..3] += values, each addition atomic. The address is 16-byte aligned.
 __device__ __forceinline__ void reduce_add(float* address, const float (&values)[4]) {
 #if __CUDA_ARCH__ >= 900

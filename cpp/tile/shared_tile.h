@@ -9,9 +9,10 @@ namespace natten::tile {
 
 // [rows, kColumns], row-major, 16-byte chunks swizzled so that the eight rows of an ldmatrix matrix fall into
 // different banks. The base must be 128-byte aligned. Every function takes first rows that are multiples of 8.
-template <int kColumns>
+template <int kColumns_>
 struct SharedTile {
-  static_assert(kColumns % 32 == 0, "a row is a multiple of 64 bytes");
+  static_assert(kColumns_ % 32 == 0, "a row is a multiple of 64 bytes");
+  static constexpr int kColumns = kColumns_;
   static constexpr int kRowBytes = kColumns * 2;
   static constexpr int kChunks = kColumns / 8;
 

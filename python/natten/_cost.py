@@ -85,8 +85,15 @@ _COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
 # The backward pass of fused_sm80 that accumulates query gradients. 13 %
 _ACCUMULATING = Cost(0.45, _ONE_PASS, score_ps=1.0, tile_ns=32.0, tile=64, box=64)
 
+# float32 in fused_sm80: TF32, and three TF32 products for one.
+_FLOAT32_FUSED: Mapping[Operation, Cost] = _costs(
+    Cost(0.35, score_ps=0.5, tile_ns=12.0, tile=64, box=32),
+    Cost(0.35, _TWO_PASSES, score_ps=1.5, tile_ns=20.0, tile=64, box=32),
+)
+
 # Fused kernels are compiled for these head dims; others are padded to the next.
 _HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
+_FLOAT32_HEAD_DIM_CLASSES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,9 @@ def milliseconds(
     """Estimated time; `composite` kernels run a pass of fused attention as several unfused operators."""
     hardware = _cpu() if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
     cost = _COSTS[kernel][operation]
-    if kernel is Kernel.fused_sm80 and operation is Operation.backward and accumulating_is_faster(problem):
+    if kernel is Kernel.fused_sm80 and problem.dtype == torch.float32:
+        cost = _FLOAT32_FUSED[operation]
+    elif kernel is Kernel.fused_sm80 and operation is Operation.backward and accumulating_is_faster(problem):
         cost = _ACCUMULATING
     d, dv = problem.head_dim, problem.head_dim_v
     if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
@@ -217,14 +226,14 @@ def _rate(kernel: Kernel, problem: Problem, hardware: Hardware) -> float:
         return hardware.float32
     if problem.dtype != torch.float32:
         return hardware.half
-    if kernel is Kernel.gemm:  # three TF32 products make one of float32
+    if kernel in (Kernel.gemm, Kernel.fused_sm80):  # three TF32 products make one of float32
         return hardware.tf32 if problem.flags & ALLOW_TF32 else hardware.tf32 / 3
     return hardware.float32
 
 
 def accumulating_is_faster(problem: Problem) -> bool:
     """Whether fused_sm80 should accumulate query gradients: estimated to save a twentieth at least, and allowed."""
-    if problem.flags & DETERMINISTIC or context.is_memory_usage_strict():
+    if problem.flags & DETERMINISTIC or problem.dtype == torch.float32 or context.is_memory_usage_strict():
         return False
     problem = nominal(problem)
     dims = _padded(problem)
@@ -240,5 +249,6 @@ def accumulating_is_faster(problem: Problem) -> bool:
 
 def _padded(problem: Problem) -> tuple[int, int]:
     largest = max(problem.head_dim, problem.head_dim_v)
-    padded = next(size for size in _HEAD_DIM_CLASSES if largest <= size)
+    classes = _FLOAT32_HEAD_DIM_CLASSES if problem.dtype == torch.float32 else _HEAD_DIM_CLASSES
+    padded = next(size for size in classes if largest <= size)
     return padded, padded

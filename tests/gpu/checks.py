@@ -46,7 +46,7 @@ def head_dims(kernel: Kernel, dtype: torch.dtype) -> list[int]:
     """
     family = FAMILIES[kernel]
     least = 8 if dtype == torch.float32 else 1
-    most = family.head_dim_maximum or max(HEAD_DIMS)
+    most = family.largest_head_dim(dtype) or max(HEAD_DIMS)
     return [dim for dim in HEAD_DIMS if dim % family.head_dim_multiple == 0 and least <= dim <= most]
 
 

@@ -1,7 +1,7 @@
 // Backward: statistics of the queries, then key gradients and query gradients by two kernels that own what they write
 // (seven products, deterministic); or by one that owns the key gradients and adds to float32 accumulators of the query
 // gradients, then converted (five products). The second is taken when kDeterministic is not set and the workspace has
-// room for the accumulators: who allocates it decides.
+// room for the accumulators: who allocates it decides. float32 always takes the first.
 //
 // Workspace, in bytes (python/natten/dispatch.py allocates it):
 //   8 * batch * queries * heads                                          statistics
@@ -15,8 +15,6 @@
 namespace natten::fused_sm80 {
 
 namespace {
-
-constexpr int kElementBytes = 2;
 
 int64_t query_count(const Problem& problem) {
   return int64_t(problem.axis[0].q_length) * problem.axis[1].q_length * problem.axis[2].q_length;
@@ -83,7 +81,9 @@ void launch_statistics(const BackwardArguments& arguments, const Parameters& p, 
   const int64_t blocks_per_item = (rows + kRowThreads / s.lanes - 1) / (kRowThreads / s.lanes);
   s.blocks_per_item = Divisor(uint32_t(blocks_per_item));
   const unsigned grid = grid_size(blocks_per_item * problem.batch, "fused_sm80 statistics");
-  if (problem.type == ScalarType::float16)
+  if (problem.type == ScalarType::float32)
+    statistics_kernel<float><<<grid, kRowThreads, 0, stream>>>(s);
+  else if (problem.type == ScalarType::float16)
     statistics_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
   else
     statistics_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
@@ -116,7 +116,7 @@ void launch_convert(const Parameters& p, const Problem& problem, cudaStream_t st
 void launch_additional(const BackwardArguments& arguments, Parameters p, const KernelEntry& entry,
                        cudaStream_t stream) {
   Problem problem = arguments.problem;
-  const int parts = additional_parts(problem), additional = int(problem.additional);
+  const int parts = additional_parts(problem), additional = int(problem.additional), bytes = element_bytes(problem);
   p.key = p.additional_key;
   p.value = p.additional_value;
   for (int a = 0; a < kAxes; ++a) {
@@ -148,11 +148,13 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
   s.chunks_per_row = Divisor(chunks_per_row);
   s.heads = Divisor(problem.heads_kv);
   s.additional = Divisor(additional);
-  s.grad_key = make_additional(arguments.grad_additional_keys, kElementBytes);
-  s.grad_value = make_additional(arguments.grad_additional_values, kElementBytes);
+  s.grad_key = make_additional(arguments.grad_additional_keys, bytes);
+  s.grad_value = make_additional(arguments.grad_additional_values, bytes);
   if (s.chunks == 0) return;
   const unsigned grid = grid_size((s.chunks + kRowThreads - 1) / kRowThreads, "fused_sm80 sum of parts");
-  if (problem.type == ScalarType::float16)
+  if (problem.type == ScalarType::float32)
+    sum_parts_kernel<float><<<grid, kRowThreads, 0, stream>>>(s);
+  else if (problem.type == ScalarType::float16)
     sum_parts_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
   else
     sum_parts_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
@@ -178,40 +180,41 @@ void backward(const BackwardArguments& arguments, void* stream_) {
   if (arguments.workspace_bytes < statistics_bytes(problem) + partial_bytes(problem))
     throw std::invalid_argument("fused_sm80: the workspace is too small");
 
+  const int bytes = element_bytes(problem);
   Parameters p = make_parameters(problem);
-  p.query = make_tensor(arguments.query, problem, kElementBytes);
-  p.key = make_tensor(arguments.key, problem, kElementBytes);
-  p.value = make_tensor(arguments.value, problem, kElementBytes);
-  p.out = make_tensor(arguments.out, problem, kElementBytes);
+  p.query = make_tensor(arguments.query, problem, bytes);
+  p.key = make_tensor(arguments.key, problem, bytes);
+  p.value = make_tensor(arguments.value, problem, bytes);
+  p.out = make_tensor(arguments.out, problem, bytes);
   p.logsumexp = make_tensor(arguments.logsumexp, problem, sizeof(float));
-  p.grad_out = make_tensor(arguments.grad_out, problem, kElementBytes);
+  p.grad_out = make_tensor(arguments.grad_out, problem, bytes);
   p.grad_logsumexp = make_tensor(arguments.grad_logsumexp, problem, sizeof(float));
-  p.grad_query = make_tensor(arguments.grad_query, problem, kElementBytes);
-  p.grad_key = make_tensor(arguments.grad_key, problem, kElementBytes);
-  p.grad_value = make_tensor(arguments.grad_value, problem, kElementBytes);
+  p.grad_query = make_tensor(arguments.grad_query, problem, bytes);
+  p.grad_key = make_tensor(arguments.grad_key, problem, bytes);
+  p.grad_value = make_tensor(arguments.grad_value, problem, bytes);
   p.statistics = workspace_tensor(static_cast<char*>(arguments.workspace), sizeof(float2), problem);
   if (problem.additional > 0) {
     check_rows(arguments.additional_keys, problem, problem.head_dim, "additional_keys");
     check_rows(arguments.additional_values, problem, problem.head_dim_v, "additional_values");
     check_rows(arguments.grad_additional_keys, problem, problem.head_dim, "grad_additional_keys");
     check_rows(arguments.grad_additional_values, problem, problem.head_dim_v, "grad_additional_values");
-    p.additional_key = make_additional(arguments.additional_keys, kElementBytes);
-    p.additional_value = make_additional(arguments.additional_values, kElementBytes);
+    p.additional_key = make_additional(arguments.additional_keys, bytes);
+    p.additional_value = make_additional(arguments.additional_values, bytes);
   }
 
-  KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating[kVariants];
+  KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating[kVariants] = {};
   visit_types(problem, [&](auto element, auto head_dim) {
     using Element = decltype(element);
     for (Variant v : {Variant::wide, Variant::narrow}) {
       query_entries[int(v)] = query_gradient_entry<Element, head_dim()>(v);
       key_entries[int(v)] = key_gradient_entry<Element, head_dim()>(v);
-      accumulating[int(v)] = accumulating_entry<Element, head_dim()>(v);
+      if constexpr (sizeof(Element) == 2) accumulating[int(v)] = accumulating_entry<Element, head_dim()>(v);
     }
   });
   launch_statistics(arguments, p, stream);
 
   const int64_t before = (statistics_bytes(problem) + partial_bytes(problem) + 15) / 16 * 16;
-  const bool accumulate = (problem.flags & kDeterministic) == 0 &&
+  const bool accumulate = (problem.flags & kDeterministic) == 0 && problem.type != ScalarType::float32 &&
                           accumulating[int(Variant::narrow)].shared_bytes <= shared_memory_limit() &&
                           arguments.workspace_bytes >= before + accumulator_bytes(problem);
   const int* given = problem.plan.values;

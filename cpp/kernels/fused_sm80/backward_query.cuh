@@ -1,9 +1,8 @@
 // Query gradient, deterministic form: a block owns a tile of queries and walks the boxes of keys that they attend.
 #pragma once
 
+#include "kernels/fused_sm80/products.cuh"
 #include "kernels/fused_sm80/walk.cuh"
-#include "ptx/math.h"
-#include "ptx/mma.h"
 
 namespace natten::fused_sm80 {
 
@@ -22,10 +21,10 @@ struct QueryGradientConfig {
   static constexpr int kRing = 4;
 
   struct Shared {
-    alignas(128) char query[kQueries * kHeadDim * 2];
-    alignas(128) char grad_out[kQueries * kHeadDim * 2];
-    alignas(128) char key[kStages][kKeys * kHeadDim * 2];
-    alignas(128) char value[kStages][kKeys * kHeadDim * 2];
+    alignas(128) char query[kQueries * RowTile<Element, kHeadDim>::kRowBytes];
+    alignas(128) char grad_out[kQueries * RowTile<Element, kHeadDim>::kRowBytes];
+    alignas(128) char key[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
+    alignas(128) char value[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     Block<kQueries> block;
     KeyWalk<kKeys, kRing> walk;
   };
@@ -38,8 +37,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   using Shared = typename Config::Shared;
   constexpr int kD = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
   constexpr int kRowTiles = Config::kRowTiles, kRowsPerWarp = Config::kRowsPerWarp;
-  using Tile = tile::SharedTile<kD>;
-  using Load = Loader<kD, Config::kThreads>;
+  constexpr int kColumns = RowTile<Element, kD>::kColumns;
+  using Load = Loader<kColumns, Config::kThreads>;
 
   extern __shared__ __align__(128) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -55,9 +54,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const uint32_t query_tile = ptx::shared_address(shared.query), grad_out_tile = ptx::shared_address(shared.grad_out);
   const int first_row = warp * kRowsPerWarp;
   const OwnRows<kRowsPerWarp> rows(p, block, warp, lane);
-  rows.template load<kD>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.head_dim, lane);
-  rows.template load<kD>(shared.grad_out, first_row, p.grad_out, block.own_origin(p.grad_out, block.head), p.head_dim_v,
-                         lane);
+  rows.template load<kColumns>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.columns,
+                               lane);
+  rows.template load<kColumns>(shared.grad_out, first_row, p.grad_out, block.own_origin(p.grad_out, block.head),
+                               p.columns_v, lane);
   float2 own_statistics{0.f, 0.f};
   if (block.contains(rows.coordinates))
     own_statistics = *reinterpret_cast<const float2*>(block.own_origin(p.statistics, block.head) +
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
-    load.template zero_padding<kKeys>(shared.key[stage], p.head_dim);
-    load.template zero_padding<kKeys>(shared.value[stage], p.head_dim_v);
+    load.template zero_padding<kKeys>(shared.key[stage], p.columns);
+    load.template zero_padding<kKeys>(shared.value[stage], p.columns_v);
   }
   block.template fill_table<false>(p);
   __syncthreads();
@@ -110,38 +110,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const uint32_t key_tile = ptx::shared_address(shared.key[step % kStages]);
       const uint32_t value_tile = ptx::shared_address(shared.value[step % kStages]);
       float s[kRowTiles][kKeys / 8][4] = {}, ds[kRowTiles][kKeys / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], query_tile, first_row + 16 * i, k, lane);
-#pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
-          uint32_t b[4];
-          Tile::load_b(b, key_tile, 16 * n, k, lane);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16(s[i][2 * n], a[i], b[0], b[1], Element());
-            ptx::mma_m16n8k16(s[i][2 * n + 1], a[i], b[2], b[3], Element());
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(a[i], grad_out_tile, first_row + 16 * i, k, lane);
-#pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
-          uint32_t b[4];
-          Tile::load_b(b, value_tile, 16 * n, k, lane);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16(ds[i][2 * n], a[i], b[0], b[1], Element());
-            ptx::mma_m16n8k16(ds[i][2 * n + 1], a[i], b[2], b[3], Element());
-          }
-        }
-      }
+      multiply_rows<Element, kD>(s, query_tile, first_row, key_tile, 0, lane);
+      multiply_rows<Element, kD>(ds, grad_out_tile, first_row, value_tile, 0, lane);
       // ds = p (dp - delta)
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
@@ -169,27 +139,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                 if (!tile::keeps(words, j, e)) ds[i][j][2 * r + e] = 0.f;
           }
       }
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-        uint32_t a[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float* pair = &ds[i][2 * k + e / 2][2 * (e % 2)];
-            a[i][e] = ptx::pack(pair[0], pair[1], Element());
-          }
-#pragma unroll
-        for (int n = 0; n < kD / 16; ++n) {
-          uint32_t b[4];
-          Tile::load_b_transposed(b, key_tile, 16 * k, n, lane);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16(grad[i][2 * n], a[i], b[0], b[1], Element());
-            ptx::mma_m16n8k16(grad[i][2 * n + 1], a[i], b[2], b[3], Element());
-          }
-        }
-      }
+      multiply_weights<Element, kD>(grad, ds, key_tile, lane);
     }
     if constexpr (kStages == 1) {
       __syncthreads();
@@ -201,16 +151,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 16 * i + 8 * r + lane / 4;
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j)
-        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(first_row + row, j) + 4 * quad) =
-            ptx::pack(grad[i][j][2 * r] * p.scale, grad[i][j][2 * r + 1] * p.scale, Element());
-    }
+    for (int r = 0; r < 2; ++r)
+      put_row<Element, kD>(shared.query, first_row + 16 * i + 8 * r + lane / 4, grad[i], r, p.scale, quad);
   __syncwarp();
-  rows.template store<kD>(shared.query, first_row, p.grad_query, block.own_origin(p.grad_query, block.head), p.head_dim,
-                          lane);
+  rows.template store<kColumns>(shared.query, first_row, p.grad_query, block.own_origin(p.grad_query, block.head),
+                                p.columns, lane);
 }
 
 }  // namespace natten::fused_sm80

@@ -10,11 +10,20 @@ namespace natten::fused_sm80 {
 
 constexpr int kRowThreads = 256;
 
-// Eight elements of 16 bits.
+// Eight elements of a row.
 template <class Element>
 union Chunk {
-  uint4 words;
+  uint4 words[sizeof(Element) / 2];
   Element element[8];
+
+  __device__ __forceinline__ void load(const char* address) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Element) / 2); ++i) words[i] = reinterpret_cast<const uint4*>(address)[i];
+  }
+  __device__ __forceinline__ void store(char* address) const {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(Element) / 2); ++i) reinterpret_cast<uint4*>(address)[i] = words[i];
+  }
 };
 
 struct StatisticsParameters {
@@ -40,8 +49,8 @@ __global__ void __launch_bounds__(kRowThreads) statistics_kernel(const __grid_co
   float sum = 0.f;
   if (exists && lane * 8 < p.head_dim_v) {
     Chunk<Element> grad, out;
-    grad.words = *reinterpret_cast<const uint4*>(address(p.grad_out) + lane * 16);
-    out.words = *reinterpret_cast<const uint4*>(address(p.out) + lane * 16);
+    grad.load(address(p.grad_out) + lane * sizeof(grad));
+    out.load(address(p.out) + lane * sizeof(out));
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum += widen(grad.element[e]) * widen(out.element[e]);
   }
@@ -82,8 +91,8 @@ __global__ void __launch_bounds__(kRowThreads) convert_kernel(const __grid_const
   }
   const Tensor& t = p.grad_query;
   char* row = t.data + batch * t.batch + head * t.head + x * t.axis[0] + y * t.axis[1] + z * t.axis[2] + channel * 2;
-  *reinterpret_cast<uint4*>(row) = low.words;
-  if (channel + 8 < p.head_dim) *reinterpret_cast<uint4*>(row + 16) = high.words;
+  low.store(row);
+  if (channel + 8 < p.head_dim) high.store(row + 16);
 }
 
 struct SumPartsParameters {
@@ -114,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads) sum_parts_kernel(const __grid_con
   Chunk<Element> result;
 #pragma unroll
   for (int e = 0; e < 8; ++e) result.element[e] = narrow<Element>(sum[e]);
-  *reinterpret_cast<uint4*>(t.data + index * t.batch + head * t.head + token * t.axis[2] + channel * 2) = result.words;
+  result.store(t.data + index * t.batch + head * t.head + token * t.axis[2] + channel * sizeof(Element));
 }
 
 }  // namespace natten::fused_sm80

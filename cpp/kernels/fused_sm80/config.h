@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/fused_sm80/backward_key.cuh"
+#include "kernels/fused_sm80/backward_key_float32.cuh"
 #include "kernels/fused_sm80/backward_query.cuh"
 #include "kernels/fused_sm80/forward.cuh"
 #include "kernels/fused_sm80/registry.h"
@@ -100,6 +101,51 @@ struct Tiles<E, 256, Variant::narrow> {
   using Accumulating = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 
+template <class E, int kHeadDim, Variant kVariant>
+struct Float32Tiles;
+
+// float32, in both arithmetics. KeyGradient as the other passes: warps, 16-key tiles per warp, queries per box, boxes
+// in flight, blocks per multiprocessor.
+template <class E>
+struct Float32Tiles<E, 32, Variant::wide> {
+  using Forward = ForwardConfig<E, 32, 4, 2, 64, 2, 2>;
+  using QueryGradient = QueryGradientConfig<E, 32, 4, 2, 32, 2, 2>;
+  using KeyGradient = Float32KeyGradientConfig<E, 32, 4, 2, 32, 2, 2>;
+};
+template <class E>
+struct Float32Tiles<E, 64, Variant::wide> {
+  using Forward = ForwardConfig<E, 64, 4, 2, 64, 1, 2>;
+  using QueryGradient = QueryGradientConfig<E, 64, 4, 2, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<E, 64, 4, 2, 16, 2, 2>;
+};
+template <class E>
+struct Float32Tiles<E, 128, Variant::wide> {
+  using Forward = ForwardConfig<E, 128, 4, 2, 32, 1, 2>;
+  using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+};
+template <class E>
+struct Float32Tiles<E, 32, Variant::narrow> {
+  using Forward = ForwardConfig<E, 32, 4, 1, 64, 2, 4>;
+  using QueryGradient = QueryGradientConfig<E, 32, 4, 1, 64, 2, 3>;
+  using KeyGradient = Float32KeyGradientConfig<E, 32, 4, 1, 64, 2, 3>;
+};
+template <class E>
+struct Float32Tiles<E, 64, Variant::narrow> {
+  using Forward = ForwardConfig<E, 64, 4, 1, 64, 1, 3>;
+  using QueryGradient = QueryGradientConfig<E, 64, 4, 1, 32, 2, 3>;
+  using KeyGradient = Float32KeyGradientConfig<E, 64, 4, 1, 32, 2, 3>;
+};
+template <class E>
+struct Float32Tiles<E, 128, Variant::narrow> {
+  using Forward = ForwardConfig<E, 128, 4, 1, 32, 1, 3>;
+  using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+};
+
+template <class E, int kHeadDim, Variant kVariant>
+using TilesOf = std::conditional_t<kIsFloat32<E>, Float32Tiles<E, kHeadDim, kVariant>, Tiles<E, kHeadDim, kVariant>>;
+
 template <class Config>
 KernelEntry make_forward_entry() {
   return {forward_kernel<Config>, Config::kThreads, int(sizeof(typename Config::Shared)),
@@ -116,33 +162,38 @@ KernelEntry make_query_gradient_entry() {
 }
 template <class Config>
 KernelEntry make_key_gradient_entry() {
-  return {key_gradient_kernel<Config>, Config::kThreads, int(sizeof(typename Config::Shared)), Config::kKeys,
-          Config::kKeyWarps,           Config::kQueries};
+  void (*kernel)(const Parameters);
+  if constexpr (kIsFloat32<typename Config::Element>)
+    kernel = float32_key_gradient_kernel<Config>;
+  else
+    kernel = key_gradient_kernel<Config>;
+  return {kernel,        Config::kThreads,  int(sizeof(typename Config::Shared)),
+          Config::kKeys, Config::kKeyWarps, Config::kQueries};
 }
 
 template <class E, int kHeadDim>
 KernelEntry forward_entry(Variant variant) {
-  return variant == Variant::wide ? make_forward_entry<typename Tiles<E, kHeadDim, Variant::wide>::Forward>()
-                                  : make_forward_entry<typename Tiles<E, kHeadDim, Variant::narrow>::Forward>();
+  return variant == Variant::wide ? make_forward_entry<typename TilesOf<E, kHeadDim, Variant::wide>::Forward>()
+                                  : make_forward_entry<typename TilesOf<E, kHeadDim, Variant::narrow>::Forward>();
 }
 template <class E, int kHeadDim>
 KernelEntry query_gradient_entry(Variant variant) {
   return variant == Variant::wide
-             ? make_query_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::QueryGradient>()
-             : make_query_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::QueryGradient>();
+             ? make_query_gradient_entry<typename TilesOf<E, kHeadDim, Variant::wide>::QueryGradient>()
+             : make_query_gradient_entry<typename TilesOf<E, kHeadDim, Variant::narrow>::QueryGradient>();
 }
 template <class E, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant) {
   return variant == Variant::wide
-             ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::KeyGradient>()
-             : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::KeyGradient>();
+             ? make_key_gradient_entry<typename TilesOf<E, kHeadDim, Variant::wide>::KeyGradient>()
+             : make_key_gradient_entry<typename TilesOf<E, kHeadDim, Variant::narrow>::KeyGradient>();
 }
 
 template <class E, int kHeadDim>
 KernelEntry accumulating_entry(Variant variant) {
   return variant == Variant::wide
-             ? make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::wide>::Accumulating>()
-             : make_key_gradient_entry<typename Tiles<E, kHeadDim, Variant::narrow>::Accumulating>();
+             ? make_key_gradient_entry<typename TilesOf<E, kHeadDim, Variant::wide>::Accumulating>()
+             : make_key_gradient_entry<typename TilesOf<E, kHeadDim, Variant::narrow>::Accumulating>();
 }
 
 }  // namespace natten::fused_sm80

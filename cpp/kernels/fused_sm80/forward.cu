@@ -37,17 +37,18 @@ void forward(const ForwardArguments& arguments, void* stream) {
   check_rows(arguments.key, problem, problem.head_dim, "key");
   check_rows(arguments.value, problem, problem.head_dim_v, "value");
   check_rows(arguments.out, problem, problem.head_dim_v, "out");
+  const int bytes = element_bytes(problem);
   Parameters p = make_parameters(problem);
-  p.query = make_tensor(arguments.query, problem, 2);
-  p.key = make_tensor(arguments.key, problem, 2);
-  p.value = make_tensor(arguments.value, problem, 2);
-  p.out = make_tensor(arguments.out, problem, 2);
+  p.query = make_tensor(arguments.query, problem, bytes);
+  p.key = make_tensor(arguments.key, problem, bytes);
+  p.value = make_tensor(arguments.value, problem, bytes);
+  p.out = make_tensor(arguments.out, problem, bytes);
   p.logsumexp = make_tensor(arguments.logsumexp, problem, 4);
   if (problem.additional > 0) {
     check_rows(arguments.additional_keys, problem, problem.head_dim, "additional_keys");
     check_rows(arguments.additional_values, problem, problem.head_dim_v, "additional_values");
-    p.additional_key = make_additional(arguments.additional_keys, 2);
-    p.additional_value = make_additional(arguments.additional_values, 2);
+    p.additional_key = make_additional(arguments.additional_keys, bytes);
+    p.additional_value = make_additional(arguments.additional_values, bytes);
   }
   KernelEntry entries[kVariants];
   forward_entries(problem, entries);

@@ -2,9 +2,8 @@
 // docs/kernels/fused-sm80.md explains the schedule.
 #pragma once
 
+#include "kernels/fused_sm80/products.cuh"
 #include "kernels/fused_sm80/walk.cuh"
-#include "ptx/math.h"
-#include "ptx/mma.h"
 #include "tile/softmax.h"
 
 namespace natten::fused_sm80 {
@@ -26,9 +25,9 @@ struct ForwardConfig {
   static constexpr int kRing = 4;  // origins of the boxes in flight and of the one in use; a power of two
 
   struct Shared {
-    alignas(128) char query[kQueries * kHeadDim * 2];
-    alignas(128) char key[kStages][kKeys * kHeadDim * 2];
-    alignas(128) char value[kStages][kKeys * kHeadDim * 2];
+    alignas(128) char query[kQueries * RowTile<Element, kHeadDim>::kRowBytes];
+    alignas(128) char key[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
+    alignas(128) char value[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     Block<kQueries> block;
     KeyWalk<kKeys, kRing> walk;
   };
@@ -42,8 +41,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   using Shared = typename Config::Shared;
   constexpr int kD = Config::kHeadDim, kKeys = Config::kKeys, kStages = Config::kStages;
   constexpr int kRowTiles = Config::kRowTiles, kRowsPerWarp = Config::kRowsPerWarp;
-  using Tile = tile::SharedTile<kD>;
-  using Load = Loader<kD, Config::kThreads>;
+  constexpr int kColumns = RowTile<Element, kD>::kColumns;
+  using Load = Loader<kColumns, Config::kThreads>;
 
   extern __shared__ __align__(128) char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -60,15 +59,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const uint32_t query_tile = ptx::shared_address(shared.query);
   const int first_row = warp * kRowsPerWarp;
   const OwnRows<kRowsPerWarp> rows(p, block, warp, lane);
-  rows.template load<kD>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.head_dim, lane);
+  rows.template load<kColumns>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.columns,
+                               lane);
   if (warp == 0) {
     shared.walk.start(p, block);
     if (lane == 0) shared.walk.enter(1, p, block);  // the ring is filled two boxes ahead, loads are one ahead
   }
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
-    load.template zero_padding<kKeys>(shared.key[stage], p.head_dim);
-    load.template zero_padding<kKeys>(shared.value[stage], p.head_dim_v);
+    load.template zero_padding<kKeys>(shared.key[stage], p.columns);
+    load.template zero_padding<kKeys>(shared.value[stage], p.columns_v);
   }
   block.template fill_table<false>(p);
   __syncthreads();
@@ -112,8 +112,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
 
     if (step == 0 && p.scale < 0) {  // softmax wants a positive scale: move the sign into this warp's queries
-      uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + first_row * (kD / 2);
-      for (int i = lane; i < kRowsPerWarp * (kD / 2); i += 32) words[i] ^= 0x80008000u;
+      constexpr uint32_t kSigns = kIsFloat32<Element> ? 0x80000000u : 0x80008000u;
+      uint32_t* words = reinterpret_cast<uint32_t*>(shared.query) + first_row * (kColumns / 2);
+      for (int i = lane; i < kRowsPerWarp * (kColumns / 2); i += 32) words[i] ^= kSigns;
       __syncwarp();
     }
     const int4 box = shared.walk.at(step);
@@ -128,23 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) s[i][j][e] = 0.f;
-      const uint32_t key_tile = ptx::shared_address(shared.key[step % kStages]);
-#pragma unroll
-      for (int k = 0; k < kD / 16; ++k) {
-        uint32_t q[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) Tile::load_a(q[i], query_tile, first_row + 16 * i, k, lane);
-#pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
-          uint32_t b[4];
-          Tile::load_b(b, key_tile, 16 * n, k, lane);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16(s[i][2 * n], q[i], b[0], b[1], Element());
-            ptx::mma_m16n8k16(s[i][2 * n + 1], q[i], b[2], b[3], Element());
-          }
-        }
-      }
+      multiply_rows<Element, kD>(s, query_tile, first_row, ptx::shared_address(shared.key[step % kStages]), 0, lane);
     }
     if constexpr (kStages == 1) {
       ptx::cp_async_wait<0>();
@@ -189,28 +174,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           out[i][j][2 * r + 1] *= factor;
         }
       });
-      const uint32_t value_tile = ptx::shared_address(shared.value[step % kStages]);
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k) {
-        uint32_t weights[kRowTiles][4];
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float* pair = &s[i][2 * k + e / 2][2 * (e % 2)];
-            weights[i][e] = ptx::pack(pair[0], pair[1], Element());
-          }
-#pragma unroll
-        for (int n = 0; n < kD / 16; ++n) {
-          uint32_t b[4];
-          Tile::load_b_transposed(b, value_tile, 16 * k, n, lane);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            ptx::mma_m16n8k16(out[i][2 * n], weights[i], b[0], b[1], Element());
-            ptx::mma_m16n8k16(out[i][2 * n + 1], weights[i], b[2], b[3], Element());
-          }
-        }
-      }
+      multiply_weights<Element, kD>(out, s, ptx::shared_address(shared.value[step % kStages]), lane);
     }
   }
 
@@ -223,13 +187,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float inverse = ptx::reciprocal(softmax.sum[i][r]);
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j)
-        *reinterpret_cast<uint32_t*>(shared.query + Tile::offset(first_row + 16 * i + 8 * r + lane / 4, j) + 4 * quad) =
-            ptx::pack(out[i][j][2 * r] * inverse, out[i][j][2 * r + 1] * inverse, Element());
+      put_row<Element, kD>(shared.query, first_row + 16 * i + 8 * r + lane / 4, out[i], r, inverse, quad);
     }
   __syncwarp();
-  rows.template store<kD>(shared.query, first_row, p.out, block.own_origin(p.out, block.head), p.head_dim_v, lane);
+  rows.template store<kColumns>(shared.query, first_row, p.out, block.own_origin(p.out, block.head), p.columns_v, lane);
   if (lane < kRowsPerWarp && block.contains(rows.coordinates)) {
     const char* address = block.own_origin(p.logsumexp, block.head) + box_offset(p.logsumexp, rows.coordinates);
     *reinterpret_cast<float*>(const_cast<char*>(address)) = logsumexp;

@@ -1,14 +1,15 @@
 #include "kernels/fused_sm80/host.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <mutex>
 
 namespace natten::fused_sm80 {
 
 namespace {
 
-constexpr int kElementBytes = 2;
 constexpr int kAlignment = 16;  // of every row, in bytes: cp.async copies 16-byte chunks
 
 // Cost of masking a box, as a share of computing it.
@@ -21,8 +22,7 @@ constexpr double kHeadsInnermostBytes = 16e6;
 }  // namespace
 
 void check_problem(const Problem& problem) {
-  if (problem.type != ScalarType::float16 && problem.type != ScalarType::bfloat16)
-    throw std::invalid_argument("fused_sm80: supports float16 and bfloat16 only");
+  if (problem.type == ScalarType::float64) throw std::invalid_argument("fused_sm80: does not support float64");
   if (problem.additional > INT32_MAX / 2) throw std::invalid_argument("fused_sm80: too many additional keys");
 }
 
@@ -33,7 +33,7 @@ void check_rows(const TensorView& view, const Problem& problem, int channels, co
   if (channels % 8 != 0) fail("has a head dim that is not a multiple of 8");
   if (reinterpret_cast<uintptr_t>(view.data) % kAlignment != 0) fail("is not aligned to 16 bytes");
   auto check_stride = [&](int64_t stride, int64_t extent, const char* axis) {
-    if (extent > 1 && stride * kElementBytes % kAlignment != 0)
+    if (extent > 1 && stride * element_bytes(problem) % kAlignment != 0)
       fail(std::string("has a ") + axis + " stride that is not a multiple of 16 bytes");
   };
   check_stride(view.batch_stride, problem.batch, "batch");
@@ -66,6 +66,8 @@ Parameters make_parameters(const Problem& problem) {
   p.heads_per_kv = problem.heads / problem.heads_kv;
   p.head_dim = problem.head_dim;
   p.head_dim_v = problem.head_dim_v;
+  p.columns = problem.head_dim * element_bytes(problem) / 2;
+  p.columns_v = problem.head_dim_v * element_bytes(problem) / 2;
   p.additional = int(problem.additional);
   p.scale = float(problem.scale);
   p.scale_log2 = float(problem.scale * 1.4426950408889634);
@@ -74,9 +76,13 @@ Parameters make_parameters(const Problem& problem) {
 
 int head_dim_class(const Problem& problem) {
   const int largest = max_int(problem.head_dim, problem.head_dim_v);
-  for (int size : kHeadDimClasses)
-    if (largest <= size) return size;
-  throw std::invalid_argument("fused_sm80: head dim " + std::to_string(largest) + " is larger than 256");
+  const bool is_float32 = problem.type == ScalarType::float32;
+  const int* classes = is_float32 ? kFloat32HeadDimClasses : kHeadDimClasses;
+  const int* end = is_float32 ? std::end(kFloat32HeadDimClasses) : std::end(kHeadDimClasses);
+  const int* found = std::lower_bound(classes, end, largest);
+  if (found != end) return *found;
+  throw std::invalid_argument("fused_sm80: head dim " + std::to_string(largest) + " is larger than " +
+                              std::to_string(end[-1]));
 }
 
 int shared_memory_limit() {
@@ -241,7 +247,8 @@ void launch(const KernelEntry& entry, Parameters& p, const Problem& problem, Sid
   if (blocks == 0) return;
   p.parts = Divisor(parts);
   p.heads = Divisor(heads);
-  p.heads_innermost = needed * heads * (problem.head_dim + problem.head_dim_v) * kElementBytes < kHeadsInnermostBytes;
+  p.heads_innermost =
+      needed * heads * (problem.head_dim + problem.head_dim_v) * element_bytes(problem) < kHeadsInnermostBytes;
   p.owned = tile::make_owned_tile(tiles.owned, tiles.warp);
   p.box = tile::make_box_shape(tiles.walked);
   allow_shared_memory(entry.function, entry.shared_bytes, name);

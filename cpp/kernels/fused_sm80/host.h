@@ -45,10 +45,22 @@ int shared_memory_limit();
 // The class that a head dim is padded to; throws when there is none.
 int head_dim_class(const Problem& problem);
 
+inline int element_bytes(const Problem& problem) { return problem.type == ScalarType::float32 ? 4 : 2; }
+
 // Calls visit(Element(), std::integral_constant<int, head dim class>()).
 template <class Visit>
 void visit_types(const Problem& problem, Visit visit) {
   const int head_dim = head_dim_class(problem);
+  auto with_float32_head_dim = [&](auto element) {
+    switch (head_dim) {
+      case 32:
+        return visit(element, std::integral_constant<int, 32>());
+      case 64:
+        return visit(element, std::integral_constant<int, 64>());
+      default:
+        return visit(element, std::integral_constant<int, 128>());
+    }
+  };
   auto with_head_dim = [&](auto element) {
     switch (head_dim) {
       case 32:
@@ -65,7 +77,9 @@ void visit_types(const Problem& problem, Visit visit) {
         return visit(element, std::integral_constant<int, 256>());
     }
   };
-  if (problem.type == ScalarType::float16)
+  if (problem.type == ScalarType::float32)
+    problem.flags& kAllowTf32 ? with_float32_head_dim(Tf32()) : with_float32_head_dim(Tf32x3());
+  else if (problem.type == ScalarType::float16)
     with_head_dim(__half());
   else
     with_head_dim(__nv_bfloat16());

@@ -27,7 +27,8 @@ struct Parameters {
   tile::BoxShape box;     // the boxes that it walks over the other side
 
   int head_dim, head_dim_v;
-  int additional;  // additional keys that every query attends
+  int columns, columns_v;  // the same in columns of tiles, which have 16 bits: float32 takes two
+  int additional;          // additional keys that every query attends
   float scale;
   float scale_log2;  // scale * log2(e)
 

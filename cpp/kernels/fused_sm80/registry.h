@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels/fused_sm80/parameters.h"
+#include "tile/tf32.h"
 
 namespace natten::fused_sm80 {
 
@@ -24,6 +25,7 @@ enum class Variant : int { wide = 0, narrow = 1 };
 constexpr int kVariants = 2;
 
 constexpr int kHeadDimClasses[] = {32, 64, 96, 128, 192, 256};
+constexpr int kFloat32HeadDimClasses[] = {32, 64, 128};
 
 template <class Element, int kHeadDim>
 KernelEntry forward_entry(Variant variant);
@@ -31,7 +33,7 @@ template <class Element, int kHeadDim>
 KernelEntry query_gradient_entry(Variant variant);
 template <class Element, int kHeadDim>
 KernelEntry key_gradient_entry(Variant variant);
-// The key gradient kernel that accumulates query gradients.
+// The key gradient kernel that accumulates query gradients; of 16-bit types only.
 template <class Element, int kHeadDim>
 KernelEntry accumulating_entry(Variant variant);
 

@@ -148,7 +148,7 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
   template <class Block, class Load>
   __device__ __forceinline__ void load(int n, int t, uint32_t tile, const Parameters& p, const Block& block,
                                        const Load& loader) const {
-    if (loader.chunk * 8 >= (t ? p.head_dim_v : p.head_dim)) return;
+    if (loader.chunk * 8 >= (t ? p.columns_v : p.columns)) return;
     const int4 b = this->box[n % kRing];
     const int table = t + 2 * (b.w & kAdditionalBox);
     loader.template load_box<kKeys, 1>({tile}, {this->source[n % kRing][t]}, {this->run_offset[table]},
@@ -159,7 +159,7 @@ struct KeyWalk : BoxWalk<2, kKeys, kRing, 4> {
   template <class Block, class Load>
   __device__ __forceinline__ void load_both(int n, uint32_t key_tile, uint32_t value_tile, const Parameters& p,
                                             const Block& block, const Load& loader) const {
-    const bool key_chunk = loader.chunk * 8 < p.head_dim, value_chunk = loader.chunk * 8 < p.head_dim_v;
+    const bool key_chunk = loader.chunk * 8 < p.columns, value_chunk = loader.chunk * 8 < p.columns_v;
     if (key_chunk != value_chunk) return load(n, value_chunk, value_chunk ? value_tile : key_tile, p, block, loader);
     if (!key_chunk) return;
     const int4 b = this->box[n % kRing];

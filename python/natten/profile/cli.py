@@ -232,7 +232,7 @@ def plan_table(problems: Sequence[BenchProblem], passes: Sequence[str], kernels:
             useful = attention_work(problem, pass_, problem.dtype).flops
             for kernel in kernels:
                 family = FAMILIES[kernel]
-                most = math.inf if family.head_dim_maximum is None else family.head_dim_maximum
+                most = family.largest_head_dim(checked.dtype) or math.inf
                 if checked.dtype not in family.dtypes or any(
                     size % family.head_dim_multiple or size > most for size in (checked.head_dim, checked.head_dim_v)
                 ):
