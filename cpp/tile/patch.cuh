@@ -73,19 +73,19 @@ struct Chunk {
   NATTEN_HOST_DEVICE int columns() const { return lines * width; }
 };
 
-// The slab row of every column of a chunk.
+// The slab row of every column of a chunk, times `unit`: with the bytes of a row, offsets in shared memory.
 struct ChunkRows {
   SmallDivisor by_width;
-  int first, skip, last;  // row of column 0, rows between the end of a line and the next, the last column
+  int unit, first, skip, last;  // column 0, what lies between the end of a line and the next, the last column
 
-  NATTEN_HOST_DEVICE ChunkRows(const Slab& slab, const Chunk& chunk)
+  NATTEN_HOST_DEVICE ChunkRows(const Slab& slab, const Chunk& chunk, int unit_ = 1)
       : by_width(SmallDivisor::make(chunk.width)),
-        first(slab.row(chunk.x, chunk.y, chunk.z)),
-        skip(slab.line - chunk.width),
-        last(chunk.columns() - 1) {}
+        unit(unit_),
+        first(slab.row(chunk.x, chunk.y, chunk.z) * unit),
+        skip((slab.line - chunk.width) * unit),
+        last(slab.row(chunk.x, chunk.y + chunk.lines - 1, chunk.z + chunk.width - 1) * unit) {}
   NATTEN_HOST_DEVICE int row(int column) const {
-    const int j = min_int(column, last);
-    return first + j + by_width.quotient(j) * skip;
+    return min_int(first + column * unit + by_width.quotient(column) * skip, last);
   }
 };
 
