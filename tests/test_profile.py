@@ -203,6 +203,14 @@ def test_shares_rates_and_intensity() -> None:
     assert composite.bytes_share == fused.bytes_share  # the problem's floor, not the composite's
 
 
+def test_profiles_are_read_as_written() -> None:
+    profile = made_profile()
+    assert Profile.from_json(json.loads(json.dumps(profile.as_json())), profile.problem).as_json() == profile.as_json()
+    launch = counters.Launch("void f<int>(int)", {"dram__bytes_read.sum": 3.0, "gpu__time_duration.sum": 2.0})
+    counted = counters.Counters("small", "forward", "gemm", (launch,))
+    assert counters.Counters.from_json(json.loads(json.dumps(counted.as_json()))) == counted
+
+
 def test_a_type_without_a_known_rate_has_no_compute_share() -> None:
     settings = Settings(CPU, Ceilings(1.0, {}), (), ("forward",), ())
     row = Row("small", "cpu", "forward", "float16", Timing(1, 1, 1, 3), 0.0, None, None, {})
@@ -213,6 +221,10 @@ def test_a_type_without_a_known_rate_has_no_compute_share() -> None:
 
 # ---- Counters ----------------------------------------------------------------------------------------------------
 
+NAMED = {
+    "void natten::<unnamed>::statistics_kernel<float>(natten::P)": "natten::statistics_kernel",
+    "void (anonymous namespace)::f<a::B<c>>(int (*)(int))": "f",
+}
 SPIN = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 FUSED = "void natten::fused_sm80::forward_kernel<natten::Config<__half, (int)64, 4, 2>>(natten::Parameters)"
 HEADER = (
@@ -265,6 +277,11 @@ def check_launch(launch: counters.Launch) -> None:
     assert launch.value("registers") == 168
     assert "lts__t_sectors_lookup_hit.ratio" not in launch.metrics
     assert launch.shared_bytes == pytest.approx(98300)
+
+
+@pytest.mark.parametrize("function", list(NAMED))
+def test_short_names_of_functions(function: str) -> None:
+    assert counters.Launch(function, {}).short_name == NAMED[function]
 
 
 def test_ncu_rows_per_metric() -> None:

@@ -19,8 +19,12 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from natten.bench.floors import Ceilings
 from natten.bench.problems import BenchProblem, load_problems
 from natten.bench.report import number, replace_text
+from natten.profile import plot
+from natten.profile.analysis import Profile
+from natten.profile.counters import Counters
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -40,6 +44,8 @@ FILES = {
     "limits": "largest inputs",
     "patterns": "known patterns",
 }
+
+ROOFLINE = "2d-k13-d64"  # the problem that is drawn
 
 
 class Missing(Exception):
@@ -268,8 +274,24 @@ def counters(files: Files) -> str:
         "launches together, caches emptied before each. *FLOP/B*: useful FLOPs over the bytes that the kernel cannot "
         "avoid to move; *executed*: products computed, in units of the useful ones; *FLOP/DRAM B*: useful FLOPs over "
         "what really crossed the memory bus. Hit rates are means by L2 bytes, pipe and occupancy by time. "
-        f"[What each column means](../profiler.md#counters). {shown}.\n\n" + table(titles, lines, words=3)
+        f"[What each column means](../profiler.md#counters). {shown}.\n\n"
+        + table(titles, lines, words=3)
+        + f"\n\n![Roofline of {ROOFLINE}: the rungs under memory's slope and the products' ceiling](h200/roofline.png)"
+        f"\n\n*{ROOFLINE}: filled marks over the bytes that the kernel has to move, hollow ones over those that crossed "
+        "the memory bus.*"
     )
+
+
+def draw_roofline(files: Files, path: Path) -> None:
+    try:
+        data = files.read("profile")
+    except Missing:
+        return
+    problem = known_problems()[ROOFLINE]
+    profiles = [Profile.from_json(row, problem) for row in data["rows"] if row["problem"] == ROOFLINE]
+    counted = [Counters.from_json(entry) for entry in data["counters"] if entry["problem"] == ROOFLINE]
+    if profiles:
+        plot.draw(path, profiles, Ceilings(**data["ceilings"]), f"{describe(problem)} ({data['device']})", counted)
 
 
 def _share_of_pairs(problem: BenchProblem) -> float:
@@ -687,7 +709,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in stale:
         replace_text(path, made[path])
         print(f"wrote {path.relative_to(ROOT)}")
-    draw_sparsity(files, DOCS / "performance" / "h200" / "sparsity.png")
+    pictures = DOCS / "performance" / "h200"
+    draw_sparsity(files, pictures / "sparsity.png")
+    draw_roofline(files, pictures / "roofline.png")
     absent = [name for name in FILES if not (arguments.folder / f"{name}.json").exists()]
     if absent:
         print(f"not measured yet: {', '.join(absent)} (python tools/measure_h200.py NAME, on an H200)")

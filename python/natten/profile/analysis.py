@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,23 @@ class Profile:
     @property
     def executed_tflops(self) -> float:
         return self.executed_flops / self.timing.ms * 1e-9
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any], problem: BenchProblem) -> Profile:
+        """What `as_json` wrote."""
+        low_ms, high_ms = row["spread_ms"]
+        return cls(
+            problem,
+            row["pass"],
+            row["dtype"],
+            Kernel[row["kernel"]],
+            Timing(row["ms"], low_ms, high_ms, row["repeats"]),
+            Work(row["useful_flops"], row["floor_bytes"]),
+            row["executed_flops"],
+            row["moved_bytes"],
+            row["bytes_floor_share"],
+            row["flops_floor_share"],
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -96,6 +96,12 @@ class Launch:
         static, dynamic = self.value("static_shared_bytes"), self.value("dynamic_shared_bytes")
         return None if static is None or dynamic is None else static + dynamic
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Launch:
+        """What `as_json` wrote; which of several metrics a number came from is not kept."""
+        counted = {METRICS[name][0]: entry[name] for name in METRICS if entry[name] is not None}
+        return cls(entry["function"], counted)
+
     def as_json(self) -> dict[str, Any]:
         return {"function": self.function, **{name: self.value(name) for name in METRICS}}
 
@@ -114,6 +120,12 @@ class Counters:
         """Of all launches; None where one was not counted."""
         each = [launch.dram_bytes for launch in self.launches]
         return None if not each or None in each else sum(value for value in each if value is not None)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Counters:
+        """What `as_json` wrote."""
+        launches = tuple(Launch.from_json(launch) for launch in entry["launches"])
+        return cls(entry["problem"], entry["pass"], entry["kernel"], launches)
 
     def as_json(self) -> dict[str, Any]:
         return {
