@@ -330,14 +330,12 @@ def attempt_size(limit: Limit, kind: str, size: int, run: Run) -> Trial:
         tokens = torch.randn(1, *limit.grid(size), channels, dtype=run.dtype, device=run.device)
         blocks(tokens).sum().backward()
 
+    seconds, refused = math.nan, None
     try:
         seconds = run.seconds(go)
     except Exception as error:
-        reason = failure(error)
-        del error
-        run.forget()
-        return Trial(size, math.nan, run.peak_bytes(), reason)
-    return Trial(size, seconds, run.peak_bytes(), None)
+        refused = failure(error)
+    return Trial(size, seconds, run.peak_bytes(), refused)
 
 
 def search(limit: Limit, kind: str, memory_bytes: int, run: Run) -> tuple[Trial | None, str]:
@@ -458,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", choices=tuple(DTYPES))
     add("--budget-ms", type=float, default=500.0, help="time to spend on each measurement of throughput")
-    add("--step-limit", type=float, default=6.0, help="seconds that a step of a limit may take")
+    add("--step-limit", type=float, default=4.0, help="seconds that a step of a limit may take")
     add("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
     add("--json", help="write the rows here as they come")
     add("--commit", help="revision to name, where the code runs outside its repository")

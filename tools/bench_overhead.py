@@ -37,7 +37,7 @@ from natten.dispatch import FAMILIES
 GRAPH_CALLS = 20
 ROUNDS = 9
 PASSES = ("forward", "forward, gradients recorded", "forward + backward")
-MODES = ("eager", "compiled", "graph")
+MODES = ("eager", "graph", "compiled")  # compiling takes the longest
 
 Call = Callable[[], object]
 
@@ -181,30 +181,27 @@ def contenders(problem: BenchProblem, device: torch.device) -> dict[str, Callabl
     return {**named, "sdpa": partial(sdpa, problem, dtype, device)}
 
 
-def measure_problem(problem: BenchProblem, device: torch.device, file: RowFile, end: float) -> None:
-    for mode in MODES:
-        if mode == "graph" and device.type != "cuda":
-            continue
-        for pass_ in PASSES:
-            calls: dict[str, tuple[Call, int]] = {}
-            for name, make in contenders(problem, device).items():
-                if name not in ("natten", "sdpa") and (mode, pass_) != ("eager", PASSES[0]) and mode != "graph":
-                    continue  # the host's part is the same for all kernels
-                try:
-                    if time.monotonic() > end:
-                        raise NotSupported(OUT_OF_TIME)
-                    with torch.set_grad_enabled(pass_ != PASSES[0]):
-                        calls[name] = in_mode(make(), pass_, mode)
-                except (NotSupported, ValueError, RuntimeError) as reason:
-                    text = str(reason).splitlines()[0][:200]
-                    file.skip(problem=problem.name, mode=mode, **{"pass": pass_}, what=name, reason=text)
-            if mode == "eager" and pass_ == PASSES[0] and "natten" in calls:
-                with torch.no_grad():
-                    pieces = parts(natten_contender(problem, "auto", DTYPES[problem.dtype], device))
-                calls |= {name: (call, 1) for name, call in pieces.items()}
-            with torch.set_grad_enabled(pass_ != PASSES[0]):
-                for name, timing in measured(calls, device).items():
-                    file.add({"problem": problem.name, "mode": mode, "pass": pass_, "what": name, **timing})
+def measure_mode(problem: BenchProblem, mode: str, device: torch.device, file: RowFile, end: float) -> None:
+    for pass_ in PASSES:
+        calls: dict[str, tuple[Call, int]] = {}
+        for name, make in contenders(problem, device).items():
+            if name not in ("natten", "sdpa") and (mode, pass_) != ("eager", PASSES[0]) and mode != "graph":
+                continue  # the host's part is the same for all kernels
+            try:
+                if time.monotonic() > end:
+                    raise NotSupported(OUT_OF_TIME)
+                with torch.set_grad_enabled(pass_ != PASSES[0]):
+                    calls[name] = in_mode(make(), pass_, mode)
+            except (NotSupported, ValueError, RuntimeError) as reason:
+                text = str(reason).splitlines()[0][:200]
+                file.skip(problem=problem.name, mode=mode, **{"pass": pass_}, what=name, reason=text)
+        if mode == "eager" and pass_ == PASSES[0] and "natten" in calls:
+            with torch.no_grad():
+                pieces = parts(natten_contender(problem, "auto", DTYPES[problem.dtype], device))
+            calls |= {name: (call, 1) for name, call in pieces.items()}
+        with torch.set_grad_enabled(pass_ != PASSES[0]):
+            for name, timing in measured(calls, device).items():
+                file.add({"problem": problem.name, "mode": mode, "pass": pass_, "what": name, **timing})
 
 
 def show(rows: Sequence[Any]) -> None:
@@ -235,9 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["python", "tools/bench_overhead.py", *(sys.argv[1:] if argv is None else argv)]
     head = circumstances(device, command, arguments.commit)
     file = RowFile(arguments.json, head, graph_calls=GRAPH_CALLS, problems=[vars(p) for p in PROBLEMS])
-    for problem in PROBLEMS:
-        if problem.name in arguments.problems.split(","):
-            measure_problem(problem, device, file, end)
+    problems = [problem for problem in PROBLEMS if problem.name in arguments.problems.split(",")]
+    for mode in MODES:
+        for problem in problems:
+            if mode != "graph" or device.type == "cuda":
+                measure_mode(problem, mode, device, file, end)
     show(file.rows)
     return 0 if file.rows else 1
 

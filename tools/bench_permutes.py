@@ -67,13 +67,24 @@ def from_tiles(x: Tensor, rank: int, shape: Sequence[int]) -> Tensor:
     return whole.contiguous()
 
 
-def permutes(problem: BenchProblem, pass_: str, device: torch.device, compiled: bool) -> Callable[[], object]:
+Copies = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def copies_of(problem: BenchProblem, compiled: bool) -> Copies:
+    """Into tiles, and back."""
+
+    def into(x: Tensor) -> Tensor:
+        return to_tiles(x, TILES[problem.rank], problem.dilation)
+
+    def back(x: Tensor) -> Tensor:
+        return from_tiles(x, problem.rank, problem.shape)
+
+    return (torch.compile(into, dynamic=False), torch.compile(back, dynamic=False)) if compiled else (into, back)
+
+
+def permutes(problem: BenchProblem, pass_: str, device: torch.device, copies: Copies) -> Callable[[], object]:
     """The copies of one pass."""
     dtype = DTYPES[problem.dtype]
-    into: Callable[..., Tensor] = partial(to_tiles, tile=TILES[problem.rank], dilation=problem.dilation)
-    back: Callable[..., Tensor] = partial(from_tiles, rank=problem.rank, shape=problem.shape)
-    if compiled:
-        into, back = torch.compile(into, dynamic=False), torch.compile(back, dynamic=False)
 
     def tensor(heads: int, dim: int) -> Tensor:
         return torch.randn(problem.batch, *problem.shape, heads, dim, dtype=dtype, device=device)
@@ -82,14 +93,15 @@ def permutes(problem: BenchProblem, pass_: str, device: torch.device, compiled: 
     key, value = tensor(problem.key_heads, problem.head_dim), tensor(problem.key_heads, problem.value_dim)
     before, after = ((query, key, value), (out,)) if pass_ == "forward" else ((out,), (query, key, value))
     tiled = [to_tiles(x, TILES[problem.rank], problem.dilation) for x in after]
+    into, back = copies
 
-    def copies() -> None:
+    def call() -> None:
         for x in before:
             into(x)
         for x in tiled:
             back(x)
 
-    return copies
+    return call
 
 
 def grid_boxes(axis: Any, rows: int, box: int) -> int:
@@ -117,9 +129,9 @@ def scores_on_grid(problem: BenchProblem, device: torch.device) -> float | None:
     return grid / free - 1
 
 
-def time_permutes(problem: BenchProblem, pass_: str, device: torch.device, compiled: bool, budget_ms: float) -> Timing:
+def time_permutes(problem: BenchProblem, pass_: str, device: torch.device, copies: Copies, budget_ms: float) -> Timing:
     with torch.no_grad():
-        return measure(permutes(problem, pass_, device, compiled), device, budget_ms)
+        return measure(permutes(problem, pass_, device, copies), device, budget_ms)
 
 
 def measure_problem(
@@ -130,6 +142,7 @@ def measure_problem(
     bytes_once *= problem.heads * (problem.head_dim + problem.value_dim) + problem.key_heads * (
         problem.head_dim + problem.value_dim
     )
+    eagerly, compiled = copies_of(problem, False), copies_of(problem, True)
     for pass_ in PASSES:
         try:
             if time.monotonic() > end:
@@ -137,8 +150,8 @@ def measure_problem(
             ours = attempt(
                 time_contender, partial(natten_contender, problem, AUTO, dtype, device), pass_, device, budget_ms
             )
-            eager = attempt(time_permutes, problem, pass_, device, False, budget_ms)
-            fused = attempt(time_permutes, problem, pass_, device, True, budget_ms)
+            eager = attempt(time_permutes, problem, pass_, device, eagerly, budget_ms)
+            fused = attempt(time_permutes, problem, pass_, device, compiled, budget_ms)
         except NotSupported as reason:
             file.skip(problem=problem.name, **{"pass": pass_}, reason=str(reason))
             continue

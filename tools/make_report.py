@@ -277,7 +277,7 @@ def counters(files: Files) -> str:
         f"[What each column means](../profiler.md#counters). {shown}.\n\n"
         + table(titles, lines, words=3)
         + f"\n\n![Roofline of {ROOFLINE}: the rungs under memory's slope and the products' ceiling](h200/roofline.png)"
-        f"\n\n*{ROOFLINE}: filled marks over the bytes that the kernel has to move, hollow ones over those that crossed "
+        f"\n\n*{ROOFLINE}: filled marks over the bytes that a kernel has to move, hollow ones over those that crossed "
         "the memory bus.*"
     )
 

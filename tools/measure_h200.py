@@ -70,7 +70,7 @@ PARTS: dict[str, Part] = {
     "flex": Part(
         (*_BENCH, "--kernels", "auto", "--no-dense", "--flex", "--unfold", "--budget-ms", "30"),
         "FlexAttention and gathered windows, both compiled",
-        "flux-na wan-na 1d-32k-w2k 1d-16k-dil4 2d-k13-d64 hdit-64 3d-swin nat-s1 dinat-s1",
+        "flux-na wan-na 1d-32k-w2k 1d-16k-dil4 2d-k13-d64 hdit-64 3d-swin nat-s1",
         "--problems",
     ),
     "float32": Part(
