@@ -37,6 +37,7 @@ class Prepared:
         "kernel",
         "lse_dtype",
         "plan",
+        "positive_strides",
         "problem",
         "scale",
         "window",
@@ -49,6 +50,7 @@ class Prepared:
         self.kernel = int(decision.kernel)
         self.composite = decision.family.composite
         self.aligned = decision.family.aligned
+        self.positive_strides = decision.family.positive_strides
         self.plan = list(decision.plan)
         self.window = problem.window
         self.scale = problem.scale
@@ -284,11 +286,13 @@ def fused_forward(
     out = query.new_empty((*rows, value.shape[-1]))
     lse = query.new_empty(rows, dtype=call.lse_dtype)
     if call.aligned:
-        kernel = Kernel(call.kernel)
-        query, key, value = (_unfused.prepared(tensor, kernel) for tensor in (query, key, value))
+        positive = call.positive_strides
+        query = _unfused.aligned(query, positive)
+        key = _unfused.aligned(key, positive)
+        value = _unfused.aligned(value, positive)
         if additional_keys is not None and additional_values is not None:
-            additional_keys = _unfused.prepared(additional_keys, kernel)
-            additional_values = _unfused.prepared(additional_values, kernel)
+            additional_keys = _unfused.aligned(additional_keys, positive)
+            additional_values = _unfused.aligned(additional_values, positive)
     torch.ops.natten.na_forward.default(
         query,
         key,

@@ -78,13 +78,12 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def prepared(tensor: Tensor, kernel: Kernel) -> Tensor:
-    """`tensor`, or a copy of it where the kernel needs aligned rows and it has others."""
-    family = FAMILIES[kernel]
-    if tensor.stride(-1) != 1:
-        return rows(tensor)
-    if not family.aligned:
-        return tensor
+# Whether tensors of these strides, offsets and types must be copied, by what the kernel needs.
+_copied: dict[tuple[Any, ...], bool] = {}
+_MOST_LAYOUTS = 4096
+
+
+def _must_copy(tensor: Tensor, positive_strides: bool) -> bool:
     elements = 16 // tensor.dtype.itemsize
     for offset in (*tensor.stride()[:-1], tensor.storage_offset()):
         remainder = offset % elements
@@ -93,10 +92,32 @@ def prepared(tensor: Tensor, kernel: Kernel) -> Tensor:
 
             remainder = 0 if statically_known_true(remainder == 0) else 1
         if remainder:
-            return tensor.clone(memory_format=torch.contiguous_format)
-    if family.positive_strides and any(isinstance(s, int) and s == 0 for s in tensor.stride()):
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
+            return True
+    return positive_strides and any(isinstance(s, int) and s == 0 for s in tensor.stride())
+
+
+def aligned(tensor: Tensor, positive_strides: bool) -> Tensor:
+    """`tensor`, or a copy of it if its addresses or strides are not multiples of 16 bytes, or a stride must be positive
+    and is not.
+    """
+    if tensor.stride(-1) != 1:
+        return rows(tensor)
+    try:
+        layout = (tensor.stride(), tensor.storage_offset() % 16, tensor.dtype, positive_strides)
+        copied = _copied.get(layout)
+    except TypeError:  # symbols
+        copied = _must_copy(tensor, positive_strides)
+    if copied is None:
+        if len(_copied) >= _MOST_LAYOUTS:
+            _copied.clear()
+        copied = _copied[layout] = _must_copy(tensor, positive_strides)
+    return tensor.clone(memory_format=torch.contiguous_format) if copied else tensor
+
+
+def prepared(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """`tensor`, or a copy of it where the kernel needs aligned rows and it has others."""
+    family = FAMILIES[kernel]
+    return aligned(tensor, family.positive_strides) if family.aligned else rows(tensor)
 
 
 def _raw_qk(problem: Problem, query: Tensor, key: Tensor, rpb: Tensor | None, forced: Kernel | None) -> Tensor:
