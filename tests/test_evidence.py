@@ -368,6 +368,18 @@ def test_report_on_counters_adds_up_launches(tmp_path: Path) -> None:
     )
 
 
+def test_report_on_the_rungs(tmp_path: Path) -> None:
+    report = load("make_report")
+    mean = {"rank": 1, "dtype": "float16", "rung": "fused", "passes": "forward", "problems": 3, "improvement": 2.5}
+    averages = [{**mean, "floor_share": 0.25, "published": 17.59}]
+    file = RowFile(tmp_path / "rungs.json", HEAD, averages=averages, covered=3, grid=4)
+    for ours, what in ((2.0, "forward"), (8.0, "forward"), (None, "backward"), (3.0, "qk")):
+        file.add({"problem": "x", "dtype": "float32", "rung": "gemm_fp32", "what": what, "speedup": ours})
+    text = report.rungs(report.Files(tmp_path))
+    assert "| 1-D | float16 | fused | forward | 3 | +250% | +1759% | 25% |" in text
+    assert "| float32 | gemm, TF32 not allowed | 4.00 x | 2.0 to 8.0 | - | - |" in text
+
+
 def test_other_sections_of_the_report(tmp_path: Path) -> None:
     report = load("make_report")
     flex = RowFile(tmp_path / "flex.json", HEAD)
