@@ -386,7 +386,7 @@ def test_other_sections_of_the_report(tmp_path: Path) -> None:
     flex.add(attention_row("nat-s1", "auto", 2.0, flex=8.0))
     types = RowFile(tmp_path / "types.json", HEAD)
     types.add({**attention_row("nat-s1", "auto", 2.0), "dtype": "float16"})
-    permutes = RowFile(tmp_path / "permutes.json", HEAD)
+    permutes = RowFile(tmp_path / "permutes.json", HEAD, ceilings={"bandwidth_tbps": 4.2})
     permutes.add(
         {"problem": "nat-s1", "pass": "forward", "natten_ms": 2.0, "permutes_ms": 0.5, "floor_ms": 0.2}
         | {"scores_on_grid": 0.25}
@@ -397,7 +397,7 @@ def test_other_sections_of_the_report(tmp_path: Path) -> None:
     files = report.Files(tmp_path)
     assert "| `fused_sm90` | 2.00 | 50.0 | 8.00 | 12.5 | 4.00 x | - | - | - |" in report.flex(files)
     assert "| `fused_sm90` | 2.00 | 50.0 | - | - | - | - | - | - |" in report.types(files)
-    assert "| 2.00 | 0.500 | 25% | 0.200 | +25% |" in report.permutes(files)
+    assert "| 2.00 | 0.500 | 25% | 0.200 | 10% | +25% |" in report.permutes(files)
     text = report.overhead(files)
     assert "| 1d-128 | eager | forward | 30.0 | 20.0 | 1.50 x |" in text
     assert "| 1d-128 | 30.0 | 10.0 | 5.00 | 15.0 | - | - |" in text

@@ -142,6 +142,7 @@ def measure_problem(
     bytes_once *= problem.heads * (problem.head_dim + problem.value_dim) + problem.key_heads * (
         problem.head_dim + problem.value_dim
     )
+    torch._dynamo.reset()  # a new problem is no recompilation
     eagerly, compiled = copies_of(problem, False), copies_of(problem, True)
     for pass_ in PASSES:
         try:

@@ -431,20 +431,21 @@ def permutes(files: Files) -> str:
     problems = known_problems()
     lines = []
     for row in rows:
-        more = row["scores_on_grid"]
-        cells = [number(row["natten_ms"]), number(row["permutes_ms"]), percent(row["permutes_ms"] / row["natten_ms"])]
-        cells += [number(row["floor_ms"]), "-" if more is None else f"{more:+.0%}"]
+        more, ours = row["scores_on_grid"], row["natten_ms"]
+        cells = [number(ours), number(row["permutes_ms"]), percent(row["permutes_ms"] / ours), number(row["floor_ms"])]
+        cells += [percent(row["floor_ms"] / ours), "-" if more is None else f"{more:+.0%}"]
         lines.append([row["problem"], describe(problems[row["problem"]]), row["pass"], *cells])
-    shares = [row["permutes_ms"] / row["natten_ms"] for row in rows]
+    copied, ideal = ([row[key] / row["natten_ms"] for row in rows] for key in ("permutes_ms", "floor_ms"))
     titles = ["problem", "", "pass", "natten, ms", "permutes, ms", "of natten's time", "at full bandwidth, ms"]
-    titles.append("more scores on a grid")
+    titles += ["of natten's time", "more scores on a grid"]
     return (
         "The copy engine reads spatial boxes in place, dilated ones too. A kernel for tiles of consecutive tokens has "
         "tokens permuted and padded before, and results permuted back: *permutes* is the time of these copies "
-        "alone (the faster of torch eager and compiled), which natten does not spend; *at full bandwidth* what they "
-        f"would take at 4.2 TB/s without padding. They would cost {percent(min(shares))} to {percent(max(shares))} of "
-        "natten's whole time. Permuted tokens also fix where key boxes may start: the last column is how many more "
-        "scores the same boxes would then hold.\n\n" + table(titles, lines, words=3)
+        "alone (the faster of torch eager and compiled), which natten does not spend; *at full bandwidth* what perfect "
+        f"copies without padding would take at {files.read('permutes')['ceilings']['bandwidth_tbps']:g} TB/s. They "
+        f"would add {percent(min(copied))} to {percent(max(copied))} of natten's whole time, perfect ones "
+        f"{percent(min(ideal))} to {percent(max(ideal))}. Permuted tokens also fix where key boxes may start: the last "
+        "column is how many more scores the same boxes would then hold.\n\n" + table(titles, lines, words=3)
     )
 
 
