@@ -146,7 +146,8 @@ def run(
         if not names:
             print(f"{stem}: nothing to do")
             return True
-    arguments = [text.format(folder=folder, name=stem) for text in (*part.command, *part.output)]
+    shown = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder  # the command stands in the file
+    arguments = [text.format(folder=shown, name=stem) for text in (*part.command, *part.output)]
     if part.option is not None:
         arguments[len(arguments) :] = names if part.option == "" else (part.option, ",".join(names))
     arguments += ["--seconds", f"{max(seconds - GRACE_S, 1.0):g}", *(["--commit", commit] if commit else []), *further]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ def dense(problem: BenchProblem, dtype: torch.dtype, device: torch.device, *, ba
     return Contender(attention, *random_inputs(problem, None, dtype, device))
 
 
+Compiled = TypeVar("Compiled", bound=Callable[..., Any])
+
+
+def repeatable(compiled: Compiled) -> Compiled:
+    """The backward pass may be repeated on one graph, which torch's compiler allows without donated buffers only."""
+    import torch._functorch.config as functorch_config
+
+    return functorch_config.patch(donated_buffer=False)(compiled)  # type: ignore[no-any-return]
+
+
 # Extents of the spatial tile that makes one block of 128 tokens, per rank.
 _FLEX_TILE = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}
 
@@ -89,11 +100,7 @@ def flex_order(problem: BenchProblem) -> Tensor:
 
 
 def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Contender:
-    """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance.
-
-    Its backward pass is repeated on one graph, which torch's compiler allows without donated buffers only.
-    """
-    import torch._functorch.config as functorch_config
+    """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     order = flex_order(problem).to(device)
@@ -113,7 +120,7 @@ def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Con
         return inside
 
     blocks = torch.compile(create_block_mask)(mask, None, None, problem.tokens, problem.tokens, device=device)
-    compiled = functorch_config.patch(donated_buffer=False)(torch.compile(flex_attention, dynamic=False))
+    compiled = repeatable(torch.compile(flex_attention, dynamic=False))
     grouped = problem.key_heads != problem.heads
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -162,4 +169,5 @@ def unfold(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> C
         out: Tensor = (weights.unsqueeze(-1) * values).sum(rank + 1)
         return out
 
-    return Contender(torch.compile(attention, dynamic=False), *random_inputs(problem, problem.shape, dtype, device))
+    compiled = repeatable(torch.compile(attention, dynamic=False))
+    return Contender(compiled, *random_inputs(problem, problem.shape, dtype, device))
