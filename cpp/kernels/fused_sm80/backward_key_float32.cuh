@@ -42,10 +42,10 @@ __device__ __forceinline__ void put_partial(float* row, const float (&d)[kChanne
 #pragma unroll
   for (int n = 0; n < kChannels / 16; ++n) {
     const int channel = 16 * n + 4 * quad;
-    if (channel < channels)
-      *reinterpret_cast<float4*>(row + channel) =
-          make_float4(d[2 * n][2 * r] * factor, d[2 * n + 1][2 * r] * factor, d[2 * n][2 * r + 1] * factor,
-                      d[2 * n + 1][2 * r + 1] * factor);
+    if (channel >= channels) continue;
+    float2* pairs = reinterpret_cast<float2*>(row + channel);  // rows begin anywhere: at a multiple of 8 bytes
+    pairs[0] = make_float2(d[2 * n][2 * r] * factor, d[2 * n + 1][2 * r] * factor);
+    pairs[1] = make_float2(d[2 * n][2 * r + 1] * factor, d[2 * n + 1][2 * r + 1] * factor);
   }
 }
 
