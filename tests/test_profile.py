@@ -141,9 +141,9 @@ def test_plans_that_the_kernels_state() -> None:
     )
 
 
-def _configured(name: str, variant: str) -> dict[int, list[int]]:
+def _configured(name: str, variant: str, table: str = "Tiles") -> dict[int, list[int]]:
     text = (KERNELS / "fused_sm80" / "config.h").read_text()
-    struct = rf"struct Tiles<E, (\d+), Variant::{variant}> {{(.*?)}};"
+    struct = rf"struct {table}<E, (\d+), Variant::{variant}> {{(.*?)}};"
     found = {}
     for head_dim, body in re.findall(struct, text, re.S):
         numbers = re.search(rf"using {name} =\s*\w+<E, \d+,([\d, \n]+)", body)
@@ -160,6 +160,22 @@ def test_tiles_of_fused_sm80_are_the_configured_ones(index: int, variant: str) -
     for name, table in (("KeyGradient", tiles._SM80_GRAD_KEY), ("Accumulating", tiles._SM80_ACCUMULATING)):
         expected = {d: (keys, keys // warps, box) for d, (keys, box, warps, *_) in _configured(name, variant).items()}
         assert {d: (t[index].owned, t[index].rows, t[index].box) for d, t in table.items()} == expected
+
+
+@pytest.mark.parametrize(("index", "variant"), [(0, "wide"), (1, "narrow")])
+def test_float32_tiles_of_fused_sm80_are_the_configured_ones(index: int, variant: str) -> None:
+    for name, table in zip(("Forward", "QueryGradient", "KeyGradient"), range(3), strict=True):
+        configured = _configured(name, variant, "Float32Tiles")
+        expected = {d: (16 * warps * m, 16 * m, box) for d, (warps, m, box, *_) in configured.items()}
+        found = {d: choices[table][index] for d, choices in tiles._SM80_FLOAT32.items()}
+        assert {d: (tile.owned, tile.rows, tile.box) for d, tile in found.items()} == expected
+
+
+def test_float32_has_tiles_of_its_own_up_to_head_dim_128() -> None:
+    single = dataclasses.replace(SMALL, dtype="float32", head_dim=80, head_dim_v=80)
+    (forward,) = plan(single, Kernel.fused_sm80, "forward")
+    assert forward.step.tiles == tiles._SM80_FLOAT32[128][0]
+    assert plan(dataclasses.replace(single, head_dim=136), Kernel.fused_sm80, "forward") == ()
 
 
 def test_tiles_of_fused_sm90_are_the_configured_ones() -> None:

@@ -101,6 +101,24 @@ _SM80_ACCUMULATING: Mapping[int, tuple[Tile, ...]] = {
     192: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
     256: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
 }
+# float32: forward, gradients of queries, of keys.
+_SM80_FLOAT32: Mapping[int, tuple[tuple[Tile, ...], ...]] = {
+    32: (
+        _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+        _wide_and_narrow((128, 32, 32), (64, 16, 64)),
+        _wide_and_narrow((128, 32, 32), (64, 16, 64)),
+    ),
+    64: (
+        _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+        _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+        _wide_and_narrow((128, 32, 16), (64, 16, 32)),
+    ),
+    128: (
+        _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+        _wide_and_narrow((64, 16, 32), (64, 16, 32)),
+        _wide_and_narrow((64, 16, 32), (64, 16, 32)),
+    ),
+}
 # fused_sm90, by head dim class: keys of a step, cpp/kernels/fused_sm90/config.h; a warpgroup has 64 queries.
 _SM90: Mapping[int, tuple[Tile, ...]] = {
     head_dim: tuple(Tile(64, 64, keys) for keys in steps)
@@ -138,15 +156,22 @@ def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
         )
         return step("query gradient", "queries", (2, 1)), step("key gradient", "keys", (2, 2))
     if kernel is Kernel.fused_sm80:
-        head_dim = padded_head_dim(problem)
+        float32 = problem.dtype == torch.float32
+        if max(problem.head_dim, problem.head_dim_v) > max(_SM80_FLOAT32 if float32 else _HEAD_DIM_CLASSES):
+            return ()
+        head_dim = padded_head_dim(problem, _SM80_FLOAT32 if float32 else _HEAD_DIM_CLASSES)
         step = partial(Step, masked_charge=0.25, head_dim=head_dim)
+        if float32:
+            queries, grad_query, grad_key = _SM80_FLOAT32[head_dim]
+        else:
+            queries, grad_query, grad_key = (t[head_dim] for t in (_SM80_QUERIES, _SM80_GRAD_QUERY, _SM80_GRAD_KEY))
         if forward:
-            return (step("forward", "queries", (1, 1), _SM80_QUERIES[head_dim]),)
+            return (step("forward", "queries", (1, 1), queries),)
         if _cost.accumulating_is_faster(problem):
             return (step("accumulating", "keys", (3, 2), _SM80_ACCUMULATING[head_dim]),)
         return (
-            step("query gradient", "queries", (2, 1), _SM80_GRAD_QUERY[head_dim]),
-            step("key gradient", "keys", (2, 2), _SM80_GRAD_KEY[head_dim]),
+            step("query gradient", "queries", (2, 1), grad_query),
+            step("key gradient", "keys", (2, 2), grad_key),
         )
     if forward:
         return (Step("forward", "queries", (1, 1)),)
