@@ -292,7 +292,7 @@ def test_pages_without_any_file_say_how_to_make_them(tmp_path: Path) -> None:
     assert len(made) == 3
     for text in made.values():
         assert "python tools/measure_h200.py" in text
-    assert report.report(report.Files(tmp_path)).count("Not measured yet") == len(report.REPORT) - 1
+    assert report.report(report.Files(tmp_path)).count("Not measured yet") == len(report.REPORT) - 2
 
 
 HEAD = {
@@ -329,6 +329,9 @@ def test_report_compares_kernels_and_peers(tmp_path: Path) -> None:
     dense = report.against_dense(files)
     assert "4.00 x over dense cuDNN, 9.00 x over dense FlashAttention-2, 2.00 x over the public NATTEN" in dense
     assert "8.00 (4.00 x) | 18.0 (9.00 x)* | 4.00 (2.00 x)* |" in dense  # stars: not of this run
+    summary = report.summary(files)
+    assert "- Fastest: 50.0 useful TFLOP/s (nat-s1, forward)." in summary
+    assert "- Over dense attention by cuDNN: forward 4.00 to 4.00 x, 4.00 x in the geometric mean." in summary
     assert "| nat-s1 | forward | 20.0 | - | 5.00 | **2.00** | `fused_sm90` | 0% |" in report.kernels(files)
     assert "2.50 x forward, - x backward" in report.hopper(files)
 
@@ -345,10 +348,33 @@ def test_report_on_sparsity(tmp_path: Path) -> None:
     text = report.sparsity(files)
     assert "| 2-D | 64 x 64 | 1 x 1 | forward | 75.0% | 1.25 | 80.0 | 4.00 | 3.20 x | 80% | - |" in text
     assert "| 2-D | 64 x 64 | 16 x 16 | backward | 75.0% | 1.00 | 100 | 4.00 | 4.00 x | 100% | - |" in text
+    assert "forward, stride 1: 80% to 80%." in report.summary(files)
     assert "gains: 1.25 x" in report.block_sparse(files)
     picture = tmp_path / "sparsity.png"
     report.draw_sparsity(files, picture)
     assert picture.stat().st_size > 10_000
+
+
+def test_report_on_what_is_measured_so_far(tmp_path: Path) -> None:
+    """A run that was ended early leaves files that lack anything."""
+    report = load("make_report")
+    RowFile(tmp_path / "attention.json", HEAD).add(attention_row("nat-s1", "naive", 2.0))
+    RowFile(tmp_path / "sparsity.json", HEAD).add(attention_row("2d-k64", "auto", 2.0))
+    RowFile(tmp_path / "flex.json", HEAD).add(attention_row("nat-s1", "auto", 2.0))
+    RowFile(tmp_path / "types.json", HEAD)
+    RowFile(tmp_path / "overhead.json", HEAD).add(
+        {"problem": "1d-128", "mode": "eager", "pass": "forward", "what": "sdpa", "us": 1.0}
+    )
+    row = {"part": "throughput", "model": "video-dit", "attention": "natten", "mode": "training", "batch": 1}
+    RowFile(tmp_path / "models.json", HEAD).add({**row, "ms": 1.0, "items_per_s": 1.0, "peak_bytes": 1})
+    RowFile(
+        tmp_path / "patterns.json",
+        HEAD,
+        patterns=[{"name": "swin", "shape": [56, 56], "batch": 128, "heads": 3, "head_dim": 32}],
+    ).add({"pattern": "swin", "pass": "forward", "what": "partition", "ms": 5.0})
+    made = report.pages(report.Files(tmp_path))
+    assert all(made.values())
+    report.draw_sparsity(report.Files(tmp_path), tmp_path / "sparsity.png")
 
 
 def test_report_on_counters_adds_up_launches(tmp_path: Path) -> None:
@@ -401,6 +427,9 @@ def test_other_sections_of_the_report(tmp_path: Path) -> None:
     text = report.overhead(files)
     assert "| 1d-128 | eager | forward | 30.0 | 20.0 | 1.50 x |" in text
     assert "| 1d-128 | 30.0 | 10.0 | 5.00 | 15.0 | - | - |" in text
+    summary = report.summary(files)
+    assert "- Over FlexAttention, compiled: forward 4.00 to 4.00 x" in summary
+    assert "in units of an SDPA call: eager 1.50 to 1.50." in summary
     assert report.provenance(files).count("`python x`") == 4
 
 
@@ -417,6 +446,7 @@ def test_pages_of_models_and_patterns(tmp_path: Path) -> None:
     )
     text = report.models(report.Files(tmp_path))
     assert "| video-dit | training | natten | 1 | 3.33 | 300 | 3.00 x | 1.00 |" in text
+    assert "- Training video-dit: 3.00 x dense SDPA." in report.summary(report.Files(tmp_path))
     assert "| GEMM | 64 x 32 x 32 | 65,536 | 0.500 | 128 | out of memory |" in text
     entry = {"name": "swin", "shape": [56, 56], "batch": 128, "heads": 3, "head_dim": 32}
     patterns = RowFile(tmp_path / "patterns.json", HEAD, patterns=[entry])

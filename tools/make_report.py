@@ -82,8 +82,8 @@ def section(make: Section, files: Files) -> str:
         return make(files)
     except Missing as missing:
         return (
-            f"Not measured yet: `docs/performance/h200/{missing}.json` does not exist. On an H200, "
-            f"`python tools/measure_h200.py {missing}` writes it."
+            f"Not measured yet. On an H200, `python tools/measure_h200.py {missing}` writes "
+            f"`docs/performance/h200/{missing}.json`."
         )
 
 
@@ -562,7 +562,100 @@ def rungs(files: Files) -> str:
     )
 
 
+def _span(values: Sequence[float]) -> str:
+    return f"{number(min(values))} to {number(max(values))} x, {mean_of(values)} x in the geometric mean"
+
+
+def _gains(rows: Sequence[Row], peer: str, pass_: str) -> list[float]:
+    found = [row for row in rows if row["kernel"] == "auto" and row["pass"] == pass_ and peer in row["peers"]]
+    return [row["peers"][peer] / row["ms"] for row in found]
+
+
+def _speed_lines(files: Files) -> list[str]:
+    rows = files.rows("attention")
+    ours = [row for row in rows if row["kernel"] == "auto"]
+    if not ours:
+        return []
+    fastest = max(ours, key=lambda row: row["useful_tflops"])
+    lines = [f"Fastest: {number(fastest['useful_tflops'])} useful TFLOP/s ({fastest['problem']}, {fastest['pass']})."]
+    for peer, words in (
+        ("natten_hopper", "the public NATTEN package (recorded)"),
+        ("dense_cudnn", "dense attention by cuDNN"),
+        ("dense_flash2", "dense attention by FlashAttention-2"),
+    ):
+        parts = [f"{pass_} {_span(g)}" for pass_ in ("forward", "backward") if (g := _gains(rows, peer, pass_))]
+        if parts:
+            lines.append(f"Over {words}: {'; '.join(parts)}.")
+    return lines
+
+
+def _flex_lines(files: Files) -> list[str]:
+    rows = files.rows("flex")
+    parts = [f"{pass_} {_span(g)}" for pass_ in ("forward", "backward") if (g := _gains(rows, "flex", pass_))]
+    return [f"Over FlexAttention, compiled: {'; '.join(parts)}."] if parts else []
+
+
+def _sparsity_lines(files: Files) -> list[str]:
+    found = [
+        (problem, row)
+        for problem, pass_, row in _sparsity_points(files)
+        if pass_ == "forward" and "dense_cudnn" in row["peers"] and _share_of_pairs(problem) < 1
+    ]
+    shares = [row["peers"]["dense_cudnn"] / row["ms"] * _share_of_pairs(problem) for problem, row in found]
+    lines = []
+    for strided, words in ((False, "stride 1"), (True, "block-sparse strides")):
+        part = [share for share, (p, _) in zip(shares, found, strict=True) if (max(p.stride) > 1) == strided]
+        if part:
+            lines.append(
+                f"Of the ideal speed-up over dense cuDNN at the same sparsity, forward, {words}: "
+                f"{percent(min(part))} to {percent(max(part))}."
+            )
+    return lines
+
+
+def _model_lines(files: Files) -> list[str]:
+    rows = [row for row in files.rows("models") if row["mode"] == "training"]
+    rates = {(row["model"], row["attention"]): row["items_per_s"] for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        ours = rates.get((model, "natten"))
+        others = [
+            f"{number(ours / rates[model, kind])} x {_KINDS[kind]}"
+            for kind in ("naive", "gemm", "dense")
+            if ours is not None and (model, kind) in rates
+        ]
+        if others:
+            lines.append(f"Training {model}: {', '.join(others)}.")
+    return lines
+
+
+def _overhead_lines(files: Files) -> list[str]:
+    us = {(row["problem"], row["mode"], row["what"], row["pass"]): row["us"] for row in files.rows("overhead")}
+    parts = []
+    for mode in ("eager", "compiled", "graph"):
+        found = [
+            us[problem, mode, "natten", pass_] / us[problem, mode, "sdpa", pass_]
+            for problem, m, what, pass_ in us
+            if (m, what, pass_) == (mode, "natten", "forward") and (problem, mode, "sdpa", pass_) in us
+        ]
+        if found:
+            parts.append(f"{mode} {number(min(found))} to {number(max(found))}")
+    return [f"A tiny forward call takes, in units of an SDPA call: {'; '.join(parts)}."] if parts else []
+
+
+def summary(files: Files) -> str:
+    """What the files say in a line or two each; files that are not there are left out."""
+    lines: list[str] = []
+    for make in (_speed_lines, _flex_lines, _sparsity_lines, _model_lines, _overhead_lines):
+        try:
+            lines += make(files)
+        except Missing:
+            continue
+    return "\n".join(f"- {line}" for line in lines) or "Nothing is measured yet."
+
+
 REPORT: tuple[tuple[str, Section], ...] = (
+    ("In short", summary),
     ("Useful work against dense attention", against_dense),
     ("Kernel by kernel", kernels),
     ("The rungs: work, bytes, counters", counters),
