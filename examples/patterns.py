@@ -94,6 +94,18 @@ def neighborhood(extent: int, kernel_size: int) -> Tensor:
     return (position >= start[:, None]) & (position < start[:, None] + kernel_size)
 
 
+def strided() -> Result:
+    """Generalized neighborhood attention: the queries of a group of s x s share the window of the one in its middle."""
+    k, s = 9, 3
+    query, key, value = random_qkv(2, 20, 25, 4, 32)  # the last groups are smaller
+    ours = natten.na2d(query, key, value, kernel_size=k, stride=s)
+    rows, columns = (
+        neighborhood(extent, k)[(torch.arange(extent) // s * s + s // 2).clamp(max=extent - 1)] for extent in (20, 25)
+    )
+    usual = dense(query.flatten(1, 2), key.flatten(1, 2), value.flatten(1, 2), torch.kron(rows, columns))
+    return ours, usual.reshape(ours.shape)
+
+
 def dilated() -> Result:
     """Dilated neighborhood attention: plain windows on every d-th token, in d x d grids that do not meet."""
     d, k = 3, 5
@@ -166,6 +178,7 @@ PATTERNS: dict[str, Callable[[], Result]] = {
     "Swin: na2d, stride == kernel_size": swin,
     "HaloNet: na2d, kernel_size == stride + 2 halo": halo,
     "sliding tile: na3d, stride == tile": sliding_tile,
+    "GNA: na2d, 1 < stride < kernel_size": strided,
     "DiNAT: na2d, dilation=3": dilated,
     "MaxViT grid: na2d, kernel_size * dilation == extent": grid_attention,
     "causal sliding window: na1d, 8 heads over 2": causal_sliding_window,
