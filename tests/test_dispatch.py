@@ -72,6 +72,33 @@ def test_choice_on_cuda(dtype: torch.dtype, capability: tuple[int, int], kernel:
 
 
 @pytest.mark.usefixtures("every_architecture")
+def test_float32_on_tensor_cores() -> None:
+    """As TF32 where torch allows it, else as three products: fused too, but for wide heads."""
+
+    def milliseconds() -> float:
+        shape = (8, 128, 128, 8, 64)
+        explanation = explain_cuda(shape, dtype=torch.float32, kernel_size=31, requires_grad=True)
+        assert explanation.forward.kernel is Kernel.fused_sm80
+        assert explanation.backward is not None
+        assert explanation.backward.kernel is Kernel.fused_sm80
+        assert explanation.backward.workspace_bytes == 8 * 8 * 128 * 128 * 8, "nothing is accumulated"
+        estimate = explanation.backward.candidates[Kernel.fused_sm80].milliseconds
+        assert estimate is not None
+        return estimate
+
+    exact = milliseconds()
+    previous = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert milliseconds() < exact
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = previous
+    wide = explain_cuda((2, 32, 32, 4, 136), dtype=torch.float32)
+    assert rejections(wide)[Kernel.fused_sm80] == "takes a head dim up to 128, not 136"
+    assert rejections(explain_cuda((2, 32, 32, 4, 136)))[Kernel.fused_sm80] is None
+
+
+@pytest.mark.usefixtures("every_architecture")
 def test_reasons_on_cuda() -> None:
     reasons = rejections(explain_cuda((2, 32, 32, 4, 20)))
     assert reasons[Kernel.fused_sm90] == "needs a head dim that is a multiple of 8, not 20"

@@ -32,7 +32,6 @@ struct KeyGradientConfig {
   static constexpr int kKeysPerWarp = kKeys / kKeyWarps;
   static constexpr int kQueriesPerWarp = kQueries / kSideWarps;
   static constexpr int kChannelsPerWarp = kHeadDim / kSideWarps;
-  static constexpr int kRing = 4;
   static_assert(kKeysPerWarp % 16 == 0 && kQueriesPerWarp % 16 == 0 && kChannelsPerWarp % 16 == 0);
   static_assert(kKeysPerWarp <= 32, "a lane looks after one row of its warp");
 
@@ -45,7 +44,7 @@ struct KeyGradientConfig {
     alignas(128) char grad_scores[kKeys * kQueries * 2];    // dS^T, unscaled
     alignas(16) float2 statistics[kQueryStages][kQueries];  // logsumexp * log2(e), delta
     Block<kKeys> block;
-    QueryWalk<kQueries, kRing, kAccumulate> walk;
+    QueryWalk<kQueries, kAccumulate> walk;
   };
 };
 
@@ -92,7 +91,8 @@ __device__ __forceinline__ void accumulate_query_gradient(const typename Config:
       }
     }
     const int within = lane / 4;
-    const char* source = shared.walk.source[step % Config::kRing][3] + within * p.accumulator.step[2] + (lane % 4) * 16;
+    const char* source =
+        shared.walk.source[step % shared.walk.kRing][3] + within * p.accumulator.step[2] + (lane % 4) * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -146,10 +146,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     rows.template load<kD>(shared.key, first_row, p.key, block.own_origin(p.key, block.head), p.head_dim, lane);
   else if (side_warp == 1)
     rows.template load<kD>(shared.value, first_row, p.value, block.own_origin(p.value, block.head), p.head_dim_v, lane);
-  // This block's share of the walk: all of it, but for the additional keys.
-  const int64_t boxes = int64_t(shared.walk.boxes(p, block.size)) * p.heads_per_kv;
-  const int first_box = int(boxes * block.part / int(p.parts.value));
-  const int steps = int(boxes * (block.part + 1) / int(p.parts.value)) - first_box;
+  if (warp == 0) shared.walk.start(p, block);
+#pragma unroll
+  for (int stage = 0; stage < kQueryStages; ++stage)
+    load.template zero_padding<kQueries>(shared.query[stage], p.head_dim);
+#pragma unroll
+  for (int stage = 0; stage < kGradStages; ++stage)
+    load.template zero_padding<kQueries>(shared.grad_out[stage], p.head_dim_v);
+  block.template fill_table<true>(p);
+  __syncthreads();
+  const int steps = shared.walk.steps;
   auto load_queries = [&](int n) {
     if (n < steps) {
       const int stage = n % kQueryStages;
@@ -164,18 +170,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       shared.walk.load(n, 1, ptx::shared_address(shared.grad_out[n % kGradStages]), p, block.size, p.grad_out, load);
     ptx::cp_async_commit();
   };
-  if (warp == 0) {
-    shared.walk.start(first_box, p, block);
-    if (lane == 0) shared.walk.enter(1, p, block.size);
-  }
-#pragma unroll
-  for (int stage = 0; stage < kQueryStages; ++stage)
-    load.template zero_padding<kQueries>(shared.query[stage], p.head_dim);
-#pragma unroll
-  for (int stage = 0; stage < kGradStages; ++stage)
-    load.template zero_padding<kQueries>(shared.grad_out[stage], p.head_dim_v);
-  block.template fill_table<true>(p);
-  __syncthreads();
   load_queries(0);
   load_grad_out(0);
 
@@ -193,7 +187,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     __syncthreads();  // this step's box has come; the one before is used up
     if constexpr (kQueryStages > 1) load_queries(step + 1);
     if constexpr (kGradStages > 1) load_grad_out(step + 1);
-    if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block.size);
+    shared.walk.enter_ahead(step, p, block);
 
     const int4 box = shared.walk.at(step);
     const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;

@@ -22,7 +22,6 @@ struct Float32KeyGradientConfig {
   static constexpr int kThreads = 32 * kKeyWarps;
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kKeys = kRowsPerWarp * kKeyWarps;  // of the owned tile
-  static constexpr int kRing = 4;
 
   struct Shared {
     alignas(128) char key[kKeys * RowTile<Element, kHeadDim>::kRowBytes];
@@ -31,7 +30,7 @@ struct Float32KeyGradientConfig {
     alignas(128) char grad_out[kStages][kQueries * RowTile<Element, kHeadDim>::kRowBytes];
     alignas(16) float2 statistics[kStages][kQueries];  // logsumexp * log2(e), delta
     Block<kKeys> block;
-    QueryWalk<kQueries, kRing, false> walk;
+    QueryWalk<kQueries, false> walk;
   };
 };
 
@@ -76,14 +75,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   rows.template load<kColumns>(shared.key, first_row, p.key, block.own_origin(p.key, block.head), p.columns, lane);
   rows.template load<kColumns>(shared.value, first_row, p.value, block.own_origin(p.value, block.head), p.columns_v,
                                lane);
-  // This block's share of the walk: all of it, but for the additional keys.
-  const int64_t boxes = int64_t(shared.walk.boxes(p, block.size)) * p.heads_per_kv;
-  const int first_box = int(boxes * block.part / int(p.parts.value));
-  const int steps = int(boxes * (block.part + 1) / int(p.parts.value)) - first_box;
-  if (warp == 0) {
-    shared.walk.start(first_box, p, block);
-    if (lane == 0) shared.walk.enter(1, p, block.size);
-  }
+  if (warp == 0) shared.walk.start(p, block);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     load.template zero_padding<kQueries>(shared.query[stage], p.columns);
@@ -91,6 +83,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   block.template fill_table<true>(p);
   __syncthreads();
+  const int steps = shared.walk.steps;
   auto load_step = [&](int n) {
     if (n < steps) {
       const int stage = n % kStages;
@@ -115,7 +108,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's box has come; the one before is used up
     if constexpr (kStages > 1) load_step(step + 1);
-    if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block.size);
+    shared.walk.enter_ahead(step, p, block);
 
     const int4 box = shared.walk.at(step);
     const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;

@@ -18,7 +18,6 @@ struct QueryGradientConfig {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kQueries = kRowsPerWarp * kWarps;
-  static constexpr int kRing = 4;
 
   struct Shared {
     alignas(128) char query[kQueries * RowTile<Element, kHeadDim>::kRowBytes];
@@ -26,7 +25,7 @@ struct QueryGradientConfig {
     alignas(128) char key[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     alignas(128) char value[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     Block<kQueries> block;
-    KeyWalk<kKeys, kRing> walk;
+    KeyWalk<kKeys> walk;
   };
 };
 
@@ -62,10 +61,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if (block.contains(rows.coordinates))
     own_statistics = *reinterpret_cast<const float2*>(block.own_origin(p.statistics, block.head) +
                                                       box_offset(p.statistics, rows.coordinates));
-  if (warp == 0) {
-    shared.walk.start(p, block);
-    if (lane == 0) shared.walk.enter(1, p, block);
-  }
+  if (warp == 0) shared.walk.start(p, block);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     load.template zero_padding<kKeys>(shared.key[stage], p.columns);
@@ -101,7 +97,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     ptx::cp_async_wait<0>();
     __syncthreads();  // this step's keys and values have come; those of the step before are used up
     if constexpr (kStages > 1) load_step(step + 1);
-    if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
+    shared.walk.enter_ahead(step, p, block);
 
     const int4 box = shared.walk.at(step);
     const int own_origin = (lane & 3) == 0 ? box.x : (lane & 3) == 1 ? box.y : (lane & 3) == 2 ? box.z : 0;

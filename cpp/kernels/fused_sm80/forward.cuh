@@ -22,14 +22,13 @@ struct ForwardConfig {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRowsPerWarp = 16 * kRowTiles;
   static constexpr int kQueries = kRowsPerWarp * kWarps;
-  static constexpr int kRing = 4;  // origins of the boxes in flight and of the one in use; a power of two
 
   struct Shared {
     alignas(128) char query[kQueries * RowTile<Element, kHeadDim>::kRowBytes];
     alignas(128) char key[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     alignas(128) char value[kStages][kKeys * RowTile<Element, kHeadDim>::kRowBytes];
     Block<kQueries> block;
-    KeyWalk<kKeys, kRing> walk;
+    KeyWalk<kKeys> walk;
   };
   static_assert(kStages == 1 || kStages == 2);
 };
@@ -61,10 +60,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const OwnRows<kRowsPerWarp> rows(p, block, warp, lane);
   rows.template load<kColumns>(shared.query, first_row, p.query, block.own_origin(p.query, block.head), p.columns,
                                lane);
-  if (warp == 0) {
-    shared.walk.start(p, block);
-    if (lane == 0) shared.walk.enter(1, p, block);  // the ring is filled two boxes ahead, loads are one ahead
-  }
+  if (warp == 0) shared.walk.start(p, block);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     load.template zero_padding<kKeys>(shared.key[stage], p.columns);
@@ -108,8 +104,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       load_values(step);
     } else {
       load_both(step + 1);
-      if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
     }
+    shared.walk.enter_ahead(step, p, block);
 
     if (step == 0 && p.scale < 0) {  // softmax wants a positive scale: move the sign into this warp's queries
       constexpr uint32_t kSigns = kIsFloat32<Element> ? 0x80000000u : 0x80008000u;
@@ -135,7 +131,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       ptx::cp_async_wait<0>();
       __syncthreads();  // values of this step have come; its keys are used up
       load_keys(step + 1);
-      if (threadIdx.x == 0) shared.walk.enter(step + 2, p, block);
     }
 
     if (needed) {
