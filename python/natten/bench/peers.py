@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -66,14 +66,21 @@ def dense(problem: BenchProblem, dtype: torch.dtype, device: torch.device, *, ba
     return Contender(attention, *random_inputs(problem, None, dtype, device))
 
 
-Compiled = TypeVar("Compiled", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def repeatable(compiled: Compiled) -> Compiled:
-    """The backward pass may be repeated on one graph, which torch's compiler allows without donated buffers only."""
+def compiled(function: Function) -> Function:
+    """Compiled by torch for the shapes that it meets; its backward pass may be repeated on one graph.
+
+    Earlier compiled functions are forgotten: torch counts new masks and shapes of one function as its recompilations,
+    and refuses after a few. Graphs have no donated buffers, which could be used once; the setting stays, because it
+    has to hold when the backward pass is compiled, which is at its first call.
+    """
     import torch._functorch.config as functorch_config
 
-    return functorch_config.patch(donated_buffer=False)(compiled)  # type: ignore[no-any-return]
+    functorch_config.donated_buffer = False
+    torch._dynamo.reset()
+    return cast(Function, torch.compile(function, dynamic=False, fullgraph=True))
 
 
 # Extents of the spatial tile that makes one block of 128 tokens, per rank.
@@ -101,8 +108,30 @@ def flex_order(problem: BenchProblem) -> Tensor:
 
 def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Contender:
     """FlexAttention, compiled, tokens already ordered by spatial tile, its block mask made in advance."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
+    blocks = _block_mask(problem, device)
+    grouped = problem.key_heads != problem.heads
+    fused = compiled(flex_attention)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = fused(query, key, value, block_mask=blocks, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out
+
+    return Contender(attention, *random_inputs(problem, None, dtype, device))
+
+
+_block_masks: dict[tuple[Any, ...], Any] = {}  # the last one: both passes of a problem need it
+
+
+def _block_mask(problem: BenchProblem, device: torch.device) -> Any:
+    """The problem's windows, for tokens in `flex_order`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    window = (problem.shape, problem.kernel_size, problem.stride, problem.dilation, problem.causal, device)
+    if window in _block_masks:
+        return _block_masks[window]
     order = flex_order(problem).to(device)
     coordinates = torch.unravel_index(order, problem.shape)
     axes = [axis_windows(problem, axis, device) for axis in range(problem.rank)]
@@ -119,16 +148,11 @@ def flex(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> Con
             inside = inside & (place >= begin[a][query]) & (place < end[a][query])
         return inside
 
-    blocks = torch.compile(create_block_mask)(mask, None, None, problem.tokens, problem.tokens, device=device)
-    compiled = repeatable(torch.compile(flex_attention, dynamic=False))
-    grouped = problem.key_heads != problem.heads
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
-        assert isinstance(out, Tensor)
-        return out
-
-    return Contender(attention, *random_inputs(problem, None, dtype, device))
+    _block_masks.clear()
+    _block_masks[window] = torch.compile(create_block_mask)(
+        mask, None, None, problem.tokens, problem.tokens, device=device
+    )
+    return _block_masks[window]
 
 
 def _gather_windows(tensor: Tensor, axes: list[AxisWindows]) -> Tensor:
@@ -169,5 +193,4 @@ def unfold(problem: BenchProblem, dtype: torch.dtype, device: torch.device) -> C
         out: Tensor = (weights.unsqueeze(-1) * values).sum(rank + 1)
         return out
 
-    compiled = repeatable(torch.compile(attention, dynamic=False))
-    return Contender(compiled, *random_inputs(problem, problem.shape, dtype, device))
+    return Contender(compiled(attention), *random_inputs(problem, problem.shape, dtype, device))
