@@ -166,7 +166,7 @@ def test_image_backbone_has_dinats_windows() -> None:
 def test_throughput_of_models_is_measured_or_its_absence_explained() -> None:
     bench = load("bench_models")
     file = RowFile(None, {})
-    model = bench.image_model("small", 32, 2, 2.0, side=56, batch=1)
+    model = bench.video_model("small", 128, 1, (2, 4, 4), (2, 2, 2), (1, 1, 1))
     bench.throughput_rows([model], ["natten", "naive", "dense"], None, models_run(), file)
     assert [(row["attention"], row["mode"]) for row in file.rows] == [
         (kind, mode) for kind in ("natten", "dense") for mode in ("inference", "training")

@@ -290,7 +290,7 @@ def throughput(model: Model, kind: str, batch: int, training: bool, run: Run) ->
         "ms": round(timing.ms, 3),
         "spread_ms": [round(timing.low_ms, 3), round(timing.high_ms, 3)],
         "repeats": timing.repeats,
-        "items_per_s": round(1e3 * batch / timing.ms, 2),
+        "items_per_s": round(1e3 * batch / timing.ms, 4),
         "peak_bytes": run.peak_bytes(),
     }
 
