@@ -185,7 +185,10 @@ def test_search_finds_the_largest_size(monkeypatch: pytest.MonkeyPatch, capacity
     bench = load("bench_models")
     limit = bench.Limit("line", lambda n: (n,), bench.Window((3,), (1,), (1,)), 16)
 
+    tried = []
+
     def attempt(limit: Any, kind: str, size: int, run: Any) -> Any:
+        tried.append(size)
         assert 2e-3 * size**power <= 60.0 or size == limit.start
         refused = "out of memory" if size > capacity else None
         return bench.Trial(size, 2e-3 * size**power, 100 + 7 * size, refused)
@@ -195,6 +198,7 @@ def test_search_finds_the_largest_size(monkeypatch: pytest.MonkeyPatch, capacity
     by_time = (60.0 / 2e-3) ** (1 / power)
     most = min(capacity, by_time)
     assert most / 1.05 <= best.size <= most
+    assert len(tried) <= 12
     assert ended_by == ("out of memory" if capacity < by_time else "time: more than 60 s a step")
 
 

@@ -342,13 +342,13 @@ def search(limit: Limit, kind: str, memory_bytes: int, run: Run) -> tuple[Trial 
     """The largest size that runs, and what ends it: memory, time (of a step), or the kernel's own refusal."""
     power = 2.0 if kind == "dense" else 1.0  # of the time, in tokens
     attempt_size(limit, kind, limit.start, run)  # loads and chooses everything
-    first = attempt_size(limit, kind, limit.start, run)
-    if first.refused is not None:
-        return None, first.refused
-    best, known = first, [first]
+    known = [attempt_size(limit, kind, limit.start, run)]
+    if known[0].refused is not None:
+        return None, known[0].refused
     too_large, ended_by = math.inf, "the search's own time"
     size = 2 * limit.start
     for _ in range(14):
+        best = known[-1]
         if run.out_of_time() or size <= best.size:
             break
         growth = limit.tokens(size) / limit.tokens(best.size)
@@ -357,27 +357,28 @@ def search(limit: Limit, kind: str, memory_bytes: int, run: Run) -> tuple[Trial 
         else:
             trial = attempt_size(limit, kind, size, run)
             if trial.refused is None:
-                best = trial
                 known.append(trial)
             else:
                 too_large, ended_by = size, trial.refused
-        if too_large < math.inf and too_large <= 1.03 * best.size + 1:
+        best = known[-1]
+        if too_large <= 1.03 * best.size + 1:
             break
-        size = next_size(limit, known, too_large, memory_bytes)
-    return best, ended_by
+        within_time = limit.tokens(best.size) * (0.99 * run.step_limit_s / best.seconds) ** (1 / power)
+        size = next_size(limit, known, too_large, memory_bytes, within_time)
+    return known[-1], ended_by
 
 
-def next_size(limit: Limit, known: Sequence[Trial], too_large: float, memory_bytes: int) -> int:
-    """Where the memory, linear in the tokens, would end; else the middle between what runs and what does not."""
+def next_size(limit: Limit, known: Sequence[Trial], too_large: float, memory_bytes: int, within_time: float) -> int:
+    """Where the memory, linear in the tokens, would end, or the time; else between what runs and what does not."""
     best = known[-1]
     if too_large < math.inf:
         return math.ceil((best.size + too_large) / 2)
-    if len(known) < 2 or best.peak_bytes <= known[-2].peak_bytes:
-        return 2 * best.size
-    slope = (best.peak_bytes - known[-2].peak_bytes) / (limit.tokens(best.size) - limit.tokens(known[-2].size))
-    tokens = limit.tokens(best.size) + (memory_bytes - best.peak_bytes) / slope
+    tokens = within_time
+    if len(known) > 1 and best.peak_bytes > known[-2].peak_bytes:
+        slope = (best.peak_bytes - known[-2].peak_bytes) / (limit.tokens(best.size) - limit.tokens(known[-2].size))
+        tokens = min(tokens, limit.tokens(best.size) + 0.98 * (memory_bytes - best.peak_bytes) / slope)
     size = best.size
-    while limit.tokens(size + 1) < 0.98 * tokens and size < 8 * best.size:
+    while limit.tokens(size + 1) < tokens and size < 8 * best.size:
         size += 1
     return max(size, best.size + max(1, best.size // 32))
 

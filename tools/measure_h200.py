@@ -95,7 +95,7 @@ PARTS: dict[str, Part] = {
     "limits": Part(
         ("tools/bench_models.py", "--parts", "limits"),
         "the largest inputs that fit",
-        "natten naive gemm dense",
+        "naive natten gemm dense",
         "--attentions",
     ),
     "patterns": Part(
