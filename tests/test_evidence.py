@@ -369,6 +369,9 @@ def test_report_on_what_is_measured_so_far(tmp_path: Path) -> None:
     RowFile(tmp_path / "overhead.json", HEAD).add(
         {"problem": "1d-128", "mode": "eager", "pass": "forward", "what": "sdpa", "us": 1.0}
     )
+    RowFile(tmp_path / "rungs.json", HEAD).add(
+        {"problem": "x", "dtype": "float16", "rung": "naive", "what": "forward", "speedup": 2.0}
+    )
     row = {"part": "throughput", "model": "video-dit", "attention": "natten", "mode": "training", "batch": 1}
     RowFile(tmp_path / "models.json", HEAD).add({**row, "ms": 1.0, "items_per_s": 1.0, "peak_bytes": 1})
     RowFile(

@@ -529,7 +529,7 @@ def overhead(files: Files) -> str:
 def rungs(files: Files) -> str:
     data = files.read("rungs")
     lines = []
-    for mean in data["averages"]:
+    for mean in data.get("averages", []):
         published = "" if mean["published"] is None else f"{mean['published']:+.0%}"
         gain = "" if mean["rung"] == "naive" else f"{mean['improvement']:+.0%}"
         where = [f"{mean['rank']}-D", mean["dtype"], mean["rung"], mean["passes"]]
@@ -551,7 +551,7 @@ def rungs(files: Files) -> str:
             )
         over.append([dtype, rung.replace("_fp32", ", TF32 not allowed").replace("_tf32", ", TF32"), *cells])
     return (
-        f"Averages of improvements over our own naive kernels, over {data['covered']} of the {data['grid']} problems "
+        f"Averages of improvements over our own naive kernels, over {data.get('covered', 0)} of the {data.get('grid', 0)} problems "
         "of a grid, beside those that the NeurIPS work published for an A100 over its own: a fast naive rung makes "
         "ours small.\n\n"
         + table(titles, lines, words=4)
