@@ -551,9 +551,9 @@ def rungs(files: Files) -> str:
             )
         over.append([dtype, rung.replace("_fp32", ", TF32 not allowed").replace("_tf32", ", TF32"), *cells])
     return (
-        f"Averages of improvements over our own naive kernels, over {data.get('covered', 0)} of the {data.get('grid', 0)} problems "
-        "of a grid, beside those that the NeurIPS work published for an A100 over its own: a fast naive rung makes "
-        "ours small.\n\n"
+        f"Averages of improvements over our own naive kernels, over {data.get('covered', 0)} of the "
+        f"{data.get('grid', 0)} problems of a grid, beside those that the NeurIPS work published for an A100 over its "
+        "own: a fast naive rung makes ours small.\n\n"
         + table(titles, lines, words=4)
         + "\n\nAgainst the original work's kernels, which were timed on an H200 too: how many times faster ours are, "
         "geometric mean and range over ten problems. Its GEMM kernels multiply float32 in TF32. Passes and parts: "
