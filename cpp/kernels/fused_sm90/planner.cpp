@@ -65,44 +65,53 @@ class AxisCounts {
   std::map<std::tuple<int, int, int>, AxisCount> counts_;
 };
 
-// A multiprocessor's cycles for one step of one warpgroup, without and with a mask; for a step that a warpgroup skips;
-// and for a tile besides its steps. One entry per variant: least squares over 200 timings on an H200 that run into its
-// power limit (docs/kernels/fused-hopper.md), off by at most 17 %; head dims 96, 192 and 256 by proportion.
+// A multiprocessor's cycles, per warpgroup, for a step without and with a mask; for one that the warpgroup skips, alone
+// or in a long row of such steps; for a run of steps that it needs between others that it skips; and per block for a
+// tile besides its steps. One entry per variant: least squares over 200 timings on an H200, with a factor for each
+// problem because of the power limit (docs/kernels/fused-hopper.md), off by 3 % (rms) and at most 9 %; head dims 32,
+// 96, 192 and 256 by proportion.
 struct Cost {
-  double full, masked, skipped, tile;
+  double full, masked, skipped, skipped_in_row, run, tile;
 };
 constexpr Cost kCosts[] = {
-    {720, 830, 40, 4700},     // 32: 128 keys, 3 warpgroups
-    {420, 500, 40, 1950},     //     64, 2, two blocks
-    {880, 1060, 40, 5000},    // 64: 128, 3
-    {475, 630, 40, 5000},     //     64, 3
-    {510, 670, 40, 1820},     //     64, 2, two blocks
-    {1040, 1160, 100, 2600},  // 96: 128, 2
-    {590, 680, 100, 5000},    //     64, 3
-    {1390, 1520, 100, 2600},  // 128: 128, 2
-    {706, 785, 100, 5100},    //      64, 3
-    {900, 980, 100, 2000},    // 192
-    {1145, 1240, 100, 2000},  // 256
+    {720, 830, 40, 160, 130, 4700},     // 32: 128 keys, 3 warpgroups
+    {420, 500, 40, 160, 130, 1950},     //     64, 2, two blocks
+    {844, 991, 73, 169, 138, 3740},     // 64: 128, 3
+    {445, 509, 54, 215, 251, 4520},     //     64, 3
+    {484, 561, 48, 162, 133, 2300},     //     64, 2, two blocks
+    {1010, 1060, 90, 230, 150, 2500},   // 96: 128, 2
+    {550, 570, 130, 280, 100, 5800},    //     64, 3
+    {1347, 1377, 103, 293, 162, 2680},  // 128: 128, 2
+    {660, 675, 179, 358, 98, 6550},     //      64, 3
+    {900, 980, 100, 290, 160, 2000},    // 192
+    {1145, 1240, 100, 290, 160, 2000},  // 256
 };
 static_assert(std::size(kCosts) == std::size(kVariants));
 
 double cost(const Cost& unit, const Variant& v, int multiprocessors, int pair_axis, const AxisCount (&axis)[kAxes],
             double copies, int64_t additional) {
-  double tiles = copies, needed = copies, full = copies, loaded = copies;
-  for (const AxisCount& a : axis) {
-    tiles *= a.tiles;
-    needed *= a.needed;
-    full *= a.full;
-    loaded *= a.loaded;
+  double tiles = copies, needed = copies, full = copies, loaded = copies, runs = copies, faster_boxes = 1;
+  for (int a = 0; a < kAxes; ++a) {
+    tiles *= axis[a].tiles;
+    needed *= axis[a].needed;
+    full *= axis[a].full;
+    loaded *= axis[a].loaded;
+    runs *= a == pair_axis ? axis[a].live : axis[a].needed;
+    if (a != pair_axis) faster_boxes *= axis[a].loaded / axis[a].tiles;
   }
-  // Skipped boxes leave the tensor cores to fewer warpgroups: for whole runs of boxes along the slowest axis.
-  const double skipped = (loaded * v.warpgroups - needed) * (pair_axis == 2 ? 4 : 1);
+  const double skipped = loaded * v.warpgroups - needed;
   const double additional_steps = tiles * v.warpgroups * static_cast<double>((additional + v.keys - 1) / v.keys);
-  const double cycles = (full + additional_steps) * unit.full + (needed - full) * unit.masked + skipped * unit.skipped +
-                        tiles * unit.tile;
-  // The last wave of tiles is rarely full.
+  double cycles = (full + additional_steps) * unit.full + (needed - full) * unit.masked + tiles * unit.tile;
+  // Boxes are walked fastest along the pair axis, unless that is z: then slowest, and a box that a warpgroup skips
+  // stands for all boxes along the other axes.
+  if (pair_axis == 2) {
+    cycles += skipped * (faster_boxes > 1 ? unit.skipped_in_row : unit.skipped);
+  } else if (skipped > 0) {
+    cycles += skipped * unit.skipped + runs * unit.run;
+  }
+  // Blocks take tiles in turn: the last wave is rarely full.
   const double waves = tiles / (static_cast<double>(multiprocessors) * v.blocks);
-  return cycles / waves * (waves < 8 ? std::ceil(waves) : waves + 0.5);
+  return cycles / waves * std::ceil(waves);
 }
 
 // Few enough query coordinates for the slots, key coordinates for the table of vectors, and enough boxes to a tile for

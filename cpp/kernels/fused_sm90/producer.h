@@ -24,7 +24,13 @@ __device__ __forceinline__ void schedule_tiles(const Parameters& p, SharedStorag
   const int entries = p.tile_box[0] + p.tile_box[1] + p.tile_box[2];
   int known_group = -1;
   Ring<kTileRecords> ring;
-  for (int t = blockIdx.x; t < p.tiles; t += gridDim.x) {
+  const int blocks = static_cast<int>(gridDim.x);
+  // Which tile of a wave a block takes moves on from wave to wave. Otherwise, where the number of blocks is a multiple
+  // of the tiles along an axis, some blocks would get nothing but the most expensive ones.
+  constexpr int kRotation = 21;
+  for (int wave = 0, within = blockIdx.x; wave < p.tiles; wave += blocks, within = (within + kRotation) % blocks) {
+    const int t = wave + within;
+    if (t >= p.tiles) break;
     uint32_t higher = p.digit_weight[own_digit].quotient(t);
     const int digit = static_cast<int>(p.digit_radix[own_digit].peel(higher));
     const int head = __shfl_sync(kWarp, digit, kHead), batch = __shfl_sync(kWarp, digit, kBatch);
