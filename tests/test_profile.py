@@ -8,7 +8,7 @@ import json
 import re
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,40 +141,52 @@ def test_plans_that_the_kernels_state() -> None:
     )
 
 
-def _configured(name: str, variant: str, table: str = "Tiles") -> dict[int, list[int]]:
+def _configured(name: str, tiles_of: str) -> dict[int, list[int]]:
+    """By head dim, the numbers of a kernel's configuration in the structs whose names match."""
     text = (KERNELS / "fused_sm80" / "config.h").read_text()
-    struct = rf"struct {table}<E, (\d+), Variant::{variant}> {{(.*?)}};"
+    struct = rf"struct {tiles_of} {{(.*?)}};"
     found = {}
     for head_dim, body in re.findall(struct, text, re.S):
-        numbers = re.search(rf"using {name} =\s*\w+<E, \d+,([\d, \n]+)", body)
+        numbers = re.search(rf"using {name} =\s*\w+<\w+, \d+,([\d, \n]+)", body)
         assert numbers is not None
         found[int(head_dim)] = [int(number) for number in numbers[1].split(",") if number.strip()]
     return found
 
 
+def _shapes(table: Mapping[int, Sequence[tiles.Tile]], index: int) -> dict[int, tuple[int, int, int]]:
+    return {d: (choices[index].owned, choices[index].rows, choices[index].box) for d, choices in table.items()}
+
+
 @pytest.mark.parametrize(("index", "variant"), [(0, "wide"), (1, "narrow")])
 def test_tiles_of_fused_sm80_are_the_configured_ones(index: int, variant: str) -> None:
+    structs = rf"Tiles<E, (\d+), Variant::{variant}>"
     for name, table in (("Forward", tiles._SM80_QUERIES), ("QueryGradient", tiles._SM80_GRAD_QUERY)):
-        expected = {d: (16 * warps * m, 16 * m, box) for d, (warps, m, box, *_) in _configured(name, variant).items()}
-        assert {d: (t[index].owned, t[index].rows, t[index].box) for d, t in table.items()} == expected
+        expected = {d: (16 * warps * m, 16 * m, box) for d, (warps, m, box, *_) in _configured(name, structs).items()}
+        assert _shapes(table, index) == expected
     for name, table in (("KeyGradient", tiles._SM80_GRAD_KEY), ("Accumulating", tiles._SM80_ACCUMULATING)):
-        expected = {d: (keys, keys // warps, box) for d, (keys, box, warps, *_) in _configured(name, variant).items()}
-        assert {d: (t[index].owned, t[index].rows, t[index].box) for d, t in table.items()} == expected
+        expected = {d: (keys, keys // warps, box) for d, (keys, box, warps, *_) in _configured(name, structs).items()}
+        assert _shapes(table, index) == expected
 
 
-@pytest.mark.parametrize(("index", "variant"), [(0, "wide"), (1, "narrow")])
-def test_float32_tiles_of_fused_sm80_are_the_configured_ones(index: int, variant: str) -> None:
-    for name, table in zip(("Forward", "QueryGradient", "KeyGradient"), range(3), strict=True):
-        configured = _configured(name, variant, "Float32Tiles")
-        expected = {d: (16 * warps * m, 16 * m, box) for d, (warps, m, box, *_) in configured.items()}
-        found = {d: choices[table][index] for d, choices in tiles._SM80_FLOAT32.items()}
-        assert {d: (tile.owned, tile.rows, tile.box) for d, tile in found.items()} == expected
+@pytest.mark.parametrize(
+    ("allow_tf32", "index", "structs"),
+    [
+        (True, 0, r"Tiles<Tf32, (\d+), Variant::wide>"),
+        (True, 1, r"Tiles<Tf32, (\d+), Variant::narrow>"),
+        (False, -1, r"Tf32x3Tiles<(\d+)>"),
+    ],
+)
+def test_float32_tiles_of_fused_sm80_are_the_configured_ones(allow_tf32: bool, index: int, structs: str) -> None:
+    for step, name in enumerate(("Forward", "QueryGradient", "KeyGradient")):
+        table = {head_dim: choices[step] for head_dim, choices in tiles._SM80_FLOAT32[allow_tf32].items()}
+        expected = {d: (16 * warps * m, 16 * m, box) for d, (warps, m, box, *_) in _configured(name, structs).items()}
+        assert _shapes(table, index) == expected
 
 
 def test_float32_has_tiles_of_its_own_up_to_head_dim_128() -> None:
     single = dataclasses.replace(SMALL, dtype="float32", head_dim=80, head_dim_v=80)
     (forward,) = plan(single, Kernel.fused_sm80, "forward")
-    assert forward.step.tiles == tiles._SM80_FLOAT32[128][0]
+    assert forward.step.tiles == tiles._SM80_FLOAT32[False][128][0]
     assert plan(dataclasses.replace(single, head_dim=136), Kernel.fused_sm80, "forward") == ()
 
 

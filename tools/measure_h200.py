@@ -48,6 +48,8 @@ class Part:
 
 _BENCH = ("-m", "natten", "bench")
 _EVERY = "auto,fused_sm90,fused_sm80,gemm,naive"
+_FLOAT32 = (*_BENCH, "--dtypes", "float32", "--kernels", "auto,naive,gemm,fused_sm80", "--no-dense")
+_FLOAT32_PROBLEMS = "1d-32k-w2k 3d-swin hdit-64 2d-k13-d64 nat-s1 dinat-s1"
 
 PARTS: dict[str, Part] = {
     "attention": Part(
@@ -74,9 +76,15 @@ PARTS: dict[str, Part] = {
         "--problems",
     ),
     "float32": Part(
-        (*_BENCH, "--dtypes", "float32", "--kernels", "auto,naive,gemm,fused_sm80", "--no-dense", "--budget-ms", "20"),
+        (*_FLOAT32, "--budget-ms", "20"),
         "every kernel in float32, TF32 not allowed",
-        "nat-s1 dinat-s1 hdit-64 2d-k13-d64 3d-swin",
+        _FLOAT32_PROBLEMS,
+        "--problems",
+    ),
+    "float32-tf32": Part(
+        (*_FLOAT32, "--tf32", "--budget-ms", "20"),
+        "every kernel in float32, TF32 allowed",
+        _FLOAT32_PROBLEMS,
         "--problems",
     ),
     "profile": Part(

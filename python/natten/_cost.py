@@ -25,7 +25,14 @@ from natten import context
 from natten._kernels import Kernel, Operation
 from natten._problem import ALLOW_TF32, DETERMINISTIC, Axis, Problem
 
-__all__ = ["accumulating_is_faster", "attention_weights_bytes", "milliseconds", "nominal"]
+__all__ = [
+    "accumulating_is_allowed",
+    "accumulating_is_faster",
+    "attention_weights_bytes",
+    "milliseconds",
+    "nominal",
+    "patches_are_faster",
+]
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,15 @@ _COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
 # The backward pass of fused_sm80 that accumulates query gradients. 13 %
 _ACCUMULATING = Cost(0.45, _ONE_PASS, score_ps=1.0, tile_ns=32.0, tile=64, box=64)
 
+# The backward pass of fused_sm80 by patches: walked keys and queries are packed, so every one counts by itself.
+_PATCHES = Cost(0.25, _TWO_PASSES, score_ps=0.5, tile_ns=4.0, tile=16, box=1)
+# Taken up to so many keys in a window times channels of the head dim class; patch_backward.cu has the same rule.
+_MOST_PATCH_CHANNELS = 200 * 64
+
 # float32 in fused_sm80: TF32, and three TF32 products for one. 11 %, 11 %, over seven problems of each
 _FLOAT32_FUSED: Mapping[Operation, Cost] = _costs(
-    Cost(0.47, score_ps=0.14, tile_ns=5.0, tile=32, box=64), Cost(0.41, _TWO_PASSES, tile_ns=14.0, tile=32, box=64)
+    Cost(0.49, score_ps=0.18, tile_ns=5.0, tile=32, box=64),
+    Cost(0.41, _TWO_PASSES, score_ps=0.25, tile_ns=14.0, tile=32, box=32),
 )
 
 # Fused kernels are compiled for these head dims; others are padded to the next.
@@ -187,8 +200,11 @@ def milliseconds(
     cost = _COSTS[kernel][operation]
     if kernel is Kernel.fused_sm80 and problem.dtype == torch.float32:
         cost = _FLOAT32_FUSED[operation]
-    elif kernel is Kernel.fused_sm80 and operation is Operation.backward and accumulating_is_faster(problem):
-        cost = _ACCUMULATING
+    elif kernel is Kernel.fused_sm80 and operation is Operation.backward:
+        if patches_are_faster(problem):
+            cost = _PATCHES
+        elif accumulating_is_faster(problem):
+            cost = _ACCUMULATING
     d, dv = problem.head_dim, problem.head_dim_v
     if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
         d, dv = _padded(problem)
@@ -230,9 +246,22 @@ def _rate(kernel: Kernel, problem: Problem, hardware: Hardware) -> float:
     return hardware.float32
 
 
+def accumulating_is_allowed(problem: Problem) -> bool:
+    """Whether a backward pass may sum query gradients in a float32 workspace, in any order."""
+    return not (problem.flags & DETERMINISTIC or context.is_memory_usage_strict())
+
+
+def patches_are_faster(problem: Problem) -> bool:
+    """Whether fused_sm80 works by patches in its backward pass, which is deterministic then: small windows."""
+    problem = nominal(problem)
+    if problem.dtype == torch.float32 or problem.additional > 0 or max(problem.head_dim, problem.head_dim_v) > 64:
+        return False
+    return problem.slots * _padded(problem)[0] <= _MOST_PATCH_CHANNELS
+
+
 def accumulating_is_faster(problem: Problem) -> bool:
     """Whether fused_sm80 should accumulate query gradients: estimated to save a twentieth at least, and allowed."""
-    if problem.flags & DETERMINISTIC or problem.dtype == torch.float32 or context.is_memory_usage_strict():
+    if problem.dtype == torch.float32 or patches_are_faster(problem) or not accumulating_is_allowed(problem):
         return False
     problem = nominal(problem)
     dims = _padded(problem)

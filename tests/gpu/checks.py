@@ -100,9 +100,14 @@ def poisoned() -> Iterator[Poison]:
 
 
 def tolerance_of(kernel: Kernel | None, dtype: torch.dtype, allow_tf32: bool) -> Tolerance:
-    """For attention by this kernel. A composite stores logits and weights in the inputs' type: each rounding counts."""
-    tolerance = TF32 if allow_tf32 and dtype == torch.float32 else TOLERANCES[dtype]
-    if kernel is None or not FAMILIES[kernel].composite or (dtype == torch.float32 and not allow_tf32):
+    """For attention by this kernel, where further roundings count in rows of a few keys, which do not average them out.
+
+    A composite stores logits and weights in the inputs' type. TF32 rounds the inputs, which are exact in 16 bits.
+    """
+    allow_tf32 = allow_tf32 and dtype == torch.float32
+    tolerance = TF32 if allow_tf32 else TOLERANCES[dtype]
+    is_composite = kernel is not None and FAMILIES[kernel].composite and dtype != torch.float32
+    if not allow_tf32 and not is_composite:
         return tolerance
     return Tolerance(4 * tolerance.outputs, 4 * tolerance.gradients, tolerance.cancelled)
 

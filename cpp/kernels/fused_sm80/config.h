@@ -101,50 +101,68 @@ struct Tiles<E, 256, Variant::narrow> {
   using Accumulating = KeyGradientConfig<E, 256, 64, 64, 2, 4, 1, 1, 1, true>;
 };
 
-template <class E, int kHeadDim, Variant kVariant>
-struct Float32Tiles;
-
-// float32, in both arithmetics. KeyGradient as the other passes: warps, 16-key tiles per warp, queries per box, boxes
-// in flight, blocks per multiprocessor.
-template <class E>
-struct Float32Tiles<E, 32, Variant::wide> {
-  using Forward = ForwardConfig<E, 32, 4, 2, 64, 2, 2>;
-  using QueryGradient = QueryGradientConfig<E, 32, 4, 2, 32, 2, 2>;
-  using KeyGradient = Float32KeyGradientConfig<E, 32, 4, 2, 32, 2, 2>;
+// float32. KeyGradient as the other passes: warps, 16-key tiles per warp, queries per box, boxes in flight, blocks per
+// multiprocessor. Tf32x3, where a fragment feeds three products anyway, has no wide variant.
+template <>
+struct Tiles<Tf32, 32, Variant::wide> {
+  using Forward = ForwardConfig<Tf32, 32, 4, 2, 64, 2, 2>;
+  using QueryGradient = QueryGradientConfig<Tf32, 32, 4, 2, 32, 2, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 32, 4, 2, 32, 2, 2>;
 };
-template <class E>
-struct Float32Tiles<E, 64, Variant::wide> {
-  using Forward = ForwardConfig<E, 64, 4, 2, 64, 1, 2>;
-  using QueryGradient = QueryGradientConfig<E, 64, 4, 2, 32, 1, 2>;
-  using KeyGradient = Float32KeyGradientConfig<E, 64, 4, 2, 16, 2, 2>;
+template <>
+struct Tiles<Tf32, 64, Variant::wide> {
+  using Forward = ForwardConfig<Tf32, 64, 4, 2, 64, 1, 2>;
+  using QueryGradient = QueryGradientConfig<Tf32, 64, 4, 2, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 64, 4, 2, 16, 2, 2>;
 };
-template <class E>
-struct Float32Tiles<E, 128, Variant::wide> {
-  using Forward = ForwardConfig<E, 128, 4, 2, 32, 1, 2>;
-  using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 1, 2>;
-  using KeyGradient = Float32KeyGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+template <>
+struct Tiles<Tf32, 128, Variant::wide> {
+  using Forward = ForwardConfig<Tf32, 128, 4, 2, 32, 1, 2>;
+  using QueryGradient = QueryGradientConfig<Tf32, 128, 4, 1, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 128, 4, 1, 32, 1, 2>;
 };
-template <class E>
-struct Float32Tiles<E, 32, Variant::narrow> {
-  using Forward = ForwardConfig<E, 32, 4, 1, 64, 2, 4>;
-  using QueryGradient = QueryGradientConfig<E, 32, 4, 1, 64, 2, 3>;
-  using KeyGradient = Float32KeyGradientConfig<E, 32, 4, 1, 64, 2, 3>;
+template <>
+struct Tiles<Tf32, 32, Variant::narrow> {
+  using Forward = ForwardConfig<Tf32, 32, 4, 1, 64, 2, 4>;
+  using QueryGradient = QueryGradientConfig<Tf32, 32, 4, 1, 64, 2, 3>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 32, 4, 1, 32, 2, 4>;
 };
-template <class E>
-struct Float32Tiles<E, 64, Variant::narrow> {
-  using Forward = ForwardConfig<E, 64, 4, 1, 64, 1, 3>;
-  using QueryGradient = QueryGradientConfig<E, 64, 4, 1, 32, 2, 3>;
-  using KeyGradient = Float32KeyGradientConfig<E, 64, 4, 1, 32, 2, 3>;
+template <>
+struct Tiles<Tf32, 64, Variant::narrow> {
+  using Forward = ForwardConfig<Tf32, 64, 4, 1, 64, 1, 3>;
+  using QueryGradient = QueryGradientConfig<Tf32, 64, 4, 1, 32, 2, 3>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 64, 4, 1, 32, 2, 3>;
 };
-template <class E>
-struct Float32Tiles<E, 128, Variant::narrow> {
-  using Forward = ForwardConfig<E, 128, 4, 1, 32, 1, 3>;
-  using QueryGradient = QueryGradientConfig<E, 128, 4, 1, 32, 1, 2>;
-  using KeyGradient = Float32KeyGradientConfig<E, 128, 4, 1, 32, 1, 2>;
+template <>
+struct Tiles<Tf32, 128, Variant::narrow> {
+  using Forward = ForwardConfig<Tf32, 128, 4, 1, 32, 1, 3>;
+  using QueryGradient = QueryGradientConfig<Tf32, 128, 4, 1, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32, 128, 4, 1, 32, 1, 2>;
 };
 
+template <int kHeadDim>
+struct Tf32x3Tiles;
+template <>
+struct Tf32x3Tiles<32> {
+  using Forward = ForwardConfig<Tf32x3, 32, 4, 1, 64, 2, 4>;
+  using QueryGradient = QueryGradientConfig<Tf32x3, 32, 4, 1, 32, 2, 4>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32x3, 32, 4, 1, 32, 2, 4>;
+};
+template <>
+struct Tf32x3Tiles<64> {
+  using Forward = ForwardConfig<Tf32x3, 64, 4, 1, 32, 2, 3>;
+  using QueryGradient = QueryGradientConfig<Tf32x3, 64, 4, 1, 32, 2, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32x3, 64, 4, 1, 32, 2, 2>;
+};
+template <>
+struct Tf32x3Tiles<128> {
+  using Forward = ForwardConfig<Tf32x3, 128, 4, 1, 32, 2, 2>;
+  using QueryGradient = QueryGradientConfig<Tf32x3, 128, 4, 1, 32, 1, 2>;
+  using KeyGradient = Float32KeyGradientConfig<Tf32x3, 128, 4, 1, 16, 2, 2>;
+};
+
 template <class E, int kHeadDim, Variant kVariant>
-using TilesOf = std::conditional_t<kIsFloat32<E>, Float32Tiles<E, kHeadDim, kVariant>, Tiles<E, kHeadDim, kVariant>>;
+using TilesOf = std::conditional_t<std::is_same_v<E, Tf32x3>, Tf32x3Tiles<kHeadDim>, Tiles<E, kHeadDim, kVariant>>;
 
 template <class Config>
 KernelEntry make_forward_entry() {

@@ -24,13 +24,14 @@ using RowTile = tile::SharedTile<kChannels * kColumnsPerElement<Element>>;
 template <class Element>
 constexpr int kChain = std::is_same_v<Element, Tf32x3> ? 2 : 1;
 
-// d[i][first], d[i][first + 1] += the sum over a chain of a[c][i] load_b(c).
+// d[i][first], d[i][first + 1] += the sum over a chain of a[c][i] load_b(c). `into_zeros`: they are zeros so far.
 template <class Element, int kRowTiles, int kBlocks, class LoadB>
-__device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks][4], int first,
+__device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks][4], int first, bool into_zeros,
                                                   const tile::Tf32Operand<Element, 4> (&a)[kChain<Element>][kRowTiles],
                                                   LoadB load_b) {
-  if constexpr (std::is_same_v<Element, Tf32>) {
-    tile::multiply(d, first, a[0], load_b(0));
+  if (into_zeros || std::is_same_v<Element, Tf32>) {
+#pragma unroll
+    for (int c = 0; c < kChain<Element>; ++c) tile::multiply(d, first, a[c], load_b(c));
   } else {
     float sum[kRowTiles][2][4] = {};
 #pragma unroll
@@ -44,7 +45,7 @@ __device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks]
   }
 }
 
-// s += A B^T, of kRowTiles * 16 rows of one tile and kBlocks * 8 rows of another, over all channels.
+// s += A B^T, of kRowTiles * 16 rows of one tile and kBlocks * 8 rows of another, over all channels; s is zero before.
 template <class Element, int kChannels, int kRowTiles, int kBlocks>
 __device__ __forceinline__ void multiply_rows(float (&s)[kRowTiles][kBlocks][4], uint32_t a_tile, int a_row,
                                               uint32_t b_tile, int b_row, int lane) {
@@ -84,7 +85,7 @@ __device__ __forceinline__ void multiply_rows(float (&s)[kRowTiles][kBlocks][4],
         }
 #pragma unroll
       for (int n = 0; n < kBlocks / 2; ++n) {
-        chain_of_products<Element>(s, 2 * n, a, [&](int c) {
+        chain_of_products<Element>(s, 2 * n, chain == 0, a, [&](int c) {
           uint32_t raw[4];
           Tile::load_b(raw, b_tile, b_row + 16 * n, chain + c, lane);
           tile::Tf32Operand<Element, 4> b;
@@ -99,8 +100,7 @@ __device__ __forceinline__ void multiply_rows(float (&s)[kRowTiles][kBlocks][4],
 
 // Channels of accumulators: float32 products take the 16 channels of two blocks in an order of their own, so that a
 // lane reads pairs of a row, and ends up with four neighbours of it:
-//   16 bits: d[j][2 r + e] is channel 8 j + 2 quad + e;   float32: d[2 n + m][2 r + e] is channel 16 n + 4 quad + 2 e +
-//   m.
+//   16 bits: d[j][2 r + e] is channel 8 j + 2 quad + e,   float32: d[2 n + m][2 r + e] is 16 n + 4 quad + 2 e + m.
 
 // d += W B: weights as accumulators of multiply_rows hold them, and kBlocks * 8 rows of a tile.
 template <class Element, int kChannels, int kRowTiles, int kBlocks>
@@ -145,7 +145,7 @@ __device__ __forceinline__ void multiply_weights(float (&d)[kRowTiles][kChannels
           for (int e = 0; e < 4; ++e) a[c][i].set(e, weights[i][chain + c][e / 2 + 2 * (e % 2)]);
 #pragma unroll
       for (int n = 0; n < kChannels / 16; ++n) {
-        chain_of_products<Element>(d, 2 * n, a, [&](int c) {
+        chain_of_products<Element>(d, 2 * n, false, a, [&](int c) {
           tile::Tf32Operand<Element, 4> b;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {

@@ -13,11 +13,11 @@ constexpr int kWholeBox = 2;       // every row exists
 // Lives in shared memory. Lanes of the first warp enter the boxes, a batch of them at a time, one each, into a ring of
 // two batches, with the addresses of their first rows in kTensors tensors; the block synchronises; then all threads
 // load one after the other.
-template <int kTensors, int kRows, int kTables = kTensors>
+template <int kTensors, int kRows, int kBatch_, int kTables = kTensors>
 struct BoxWalk {
   static constexpr int kRuns = kRows / tile::kRun;
   static_assert(kRuns <= tile::kMostRuns);
-  static constexpr int kBatch = 8, kRing = 2 * kBatch;
+  static constexpr int kBatch = kBatch_, kRing = 2 * kBatch;
 
   int4 box[kRing];  // origin, flags
   const char* source[kRing][kTensors];
@@ -78,8 +78,8 @@ struct BoxWalk {
 
 // Tensor 0: keys, 1: values. Tables 2 and 3 are those of the additional ones.
 template <int kKeys>
-struct KeyWalk : BoxWalk<2, kKeys, 4> {
-  using Base = BoxWalk<2, kKeys, 4>;
+struct KeyWalk : BoxWalk<2, kKeys, 8, 4> {
+  using Base = BoxWalk<2, kKeys, 8, 4>;
 
   int window_boxes, steps;
 
@@ -167,10 +167,10 @@ struct KeyWalk : BoxWalk<2, kKeys, 4> {
 };
 
 // Tensor 0: queries, 1: output gradients, 2: statistics, 3: accumulators of query gradients, if any. Round r of the
-// walk is query head r of the group.
+// walk is query head r of the group. Larger batches would not leave sm_86 room for the wide tiles of D 64.
 template <int kQueries, bool kAccumulate>
-struct QueryWalk : BoxWalk<3 + kAccumulate, kQueries> {
-  using Base = BoxWalk<3 + kAccumulate, kQueries>;
+struct QueryWalk : BoxWalk<3 + kAccumulate, kQueries, 4> {
+  using Base = BoxWalk<3 + kAccumulate, kQueries, 4>;
 
   int first, steps;  // of the boxes of all rounds
 

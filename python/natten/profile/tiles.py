@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 
 from natten import _cost
-from natten._problem import Axis, Problem
+from natten._problem import ALLOW_TF32, Axis, Problem
 from natten.bench.problems import Pass
 from natten.dispatch import Kernel
 
@@ -101,23 +101,30 @@ _SM80_ACCUMULATING: Mapping[int, tuple[Tile, ...]] = {
     192: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
     256: _wide_and_narrow((64, 32, 64), (64, 32, 64)),
 }
-# float32: forward, gradients of queries, of keys.
-_SM80_FLOAT32: Mapping[int, tuple[tuple[Tile, ...], ...]] = {
-    32: (
-        _wide_and_narrow((128, 32, 64), (64, 16, 64)),
-        _wide_and_narrow((128, 32, 32), (64, 16, 64)),
-        _wide_and_narrow((128, 32, 32), (64, 16, 64)),
-    ),
-    64: (
-        _wide_and_narrow((128, 32, 64), (64, 16, 64)),
-        _wide_and_narrow((128, 32, 32), (64, 16, 32)),
-        _wide_and_narrow((128, 32, 16), (64, 16, 32)),
-    ),
-    128: (
-        _wide_and_narrow((128, 32, 32), (64, 16, 32)),
-        _wide_and_narrow((64, 16, 32), (64, 16, 32)),
-        _wide_and_narrow((64, 16, 32), (64, 16, 32)),
-    ),
+# float32, by whether TF32 is allowed: forward, gradients of queries, of keys.
+_SM80_FLOAT32: Mapping[bool, Mapping[int, tuple[tuple[Tile, ...], ...]]] = {
+    True: {
+        32: (
+            _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+            _wide_and_narrow((128, 32, 32), (64, 16, 64)),
+            _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+        ),
+        64: (
+            _wide_and_narrow((128, 32, 64), (64, 16, 64)),
+            _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+            _wide_and_narrow((128, 32, 16), (64, 16, 32)),
+        ),
+        128: (
+            _wide_and_narrow((128, 32, 32), (64, 16, 32)),
+            _wide_and_narrow((64, 16, 32), (64, 16, 32)),
+            _wide_and_narrow((64, 16, 32), (64, 16, 32)),
+        ),
+    },
+    False: {  # one variant
+        32: ((Tile(64, 16, 64),), (Tile(64, 16, 32),), (Tile(64, 16, 32),)),
+        64: ((Tile(64, 16, 32),), (Tile(64, 16, 32),), (Tile(64, 16, 32),)),
+        128: ((Tile(64, 16, 32),), (Tile(64, 16, 32),), (Tile(64, 16, 16),)),
+    },
 }
 # fused_sm90, by head dim class: keys of a step, cpp/kernels/fused_sm90/config.h; a warpgroup has 64 queries.
 _SM90: Mapping[int, tuple[Tile, ...]] = {
@@ -157,12 +164,14 @@ def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
         return step("query gradient", "queries", (2, 1)), step("key gradient", "keys", (2, 2))
     if kernel is Kernel.fused_sm80:
         float32 = problem.dtype == torch.float32
-        if max(problem.head_dim, problem.head_dim_v) > max(_SM80_FLOAT32 if float32 else _HEAD_DIM_CLASSES):
+        float32_tiles = _SM80_FLOAT32[bool(problem.flags & ALLOW_TF32)]
+        classes = tuple(float32_tiles) if float32 else _HEAD_DIM_CLASSES
+        if max(problem.head_dim, problem.head_dim_v) > classes[-1]:
             return ()
-        head_dim = padded_head_dim(problem, _SM80_FLOAT32 if float32 else _HEAD_DIM_CLASSES)
+        head_dim = padded_head_dim(problem, classes)
         step = partial(Step, masked_charge=0.25, head_dim=head_dim)
         if float32:
-            queries, grad_query, grad_key = _SM80_FLOAT32[head_dim]
+            queries, grad_query, grad_key = float32_tiles[head_dim]
         else:
             queries, grad_query, grad_key = (t[head_dim] for t in (_SM80_QUERIES, _SM80_GRAD_QUERY, _SM80_GRAD_KEY))
         if forward:
