@@ -22,6 +22,14 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
+// The four bytes that the nibbles of `selector` name, of eight: 0-3 of `low`, 4-7 of `high`; with bit 3 set, the byte's
+// sign in all eight bits.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+}
+
 // Two floats rounded to a pair of 16-bit elements, `low` in the low half.
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   uint32_t result;

@@ -1,7 +1,8 @@
-// Backward: statistics of the queries, then key gradients and query gradients by two kernels that own what they write
-// (seven products, deterministic); or by one that owns the key gradients and adds to float32 accumulators of the query
-// gradients, then converted (five products). The second is taken when kDeterministic is not set and the workspace has
-// room for the accumulators: who allocates it decides. float32 always takes the first.
+// Backward: by patches where windows are small (patch_backward.cu). Else statistics of the queries, then key gradients
+// and query gradients by two kernels that own what they write (seven products, deterministic); or by one that owns the
+// key gradients and adds to float32 accumulators of the query gradients, then converted (five products). The second is
+// taken when kDeterministic is not set and the workspace has room for the accumulators: who allocates it decides. float32
+// always takes the first.
 //
 // Workspace, in bytes (python/natten/dispatch.py allocates it):
 //   8 * batch * queries * heads                                          statistics
@@ -11,6 +12,7 @@
 #include "kernels/families.h"
 #include "kernels/fused_sm80/backward_rows.cuh"
 #include "kernels/fused_sm80/host.h"
+#include "kernels/fused_sm80/patch_backward.h"
 
 namespace natten::fused_sm80 {
 
@@ -163,8 +165,8 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
 
 }  // namespace
 
-// problem.plan, when given: the variants of the query and of the key gradient kernel; or, for each of the two, variant,
-// owned tile (3) and walked box (3).
+// problem.plan, when given: the variants of the query and of the key gradient kernel (-1: the cheaper one); or, for each
+// of the two, variant, owned tile (3) and walked box (3); or what patch_backward takes.
 void backward(const BackwardArguments& arguments, void* stream_) {
   const Problem& problem = arguments.problem;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
@@ -202,6 +204,8 @@ void backward(const BackwardArguments& arguments, void* stream_) {
     p.additional_value = make_additional(arguments.additional_values, bytes);
   }
 
+  if (patch_backward(problem, p, stream)) return;
+
   KernelEntry query_entries[kVariants], key_entries[kVariants], accumulating[kVariants] = {};
   visit_types(problem, [&](auto element, auto head_dim) {
     using Element = decltype(element);
@@ -220,7 +224,7 @@ void backward(const BackwardArguments& arguments, void* stream_) {
   const int* given = problem.plan.values;
   const int plan_size = problem.plan.size;
   if (plan_size != 0 && plan_size != 2 && plan_size != 14)
-    throw std::invalid_argument("fused_sm80: a backward plan has 2 or 14 numbers");
+    throw std::invalid_argument("fused_sm80: a backward plan has 1, 2, 14 or 15 numbers");
   if (accumulate) {
     p.accumulator =
         workspace_tensor(static_cast<char*>(arguments.workspace) + before, 4 * padded_head_dim(problem), problem);
