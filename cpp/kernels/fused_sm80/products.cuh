@@ -24,14 +24,13 @@ using RowTile = tile::SharedTile<kChannels * kColumnsPerElement<Element>>;
 template <class Element>
 constexpr int kChain = std::is_same_v<Element, Tf32x3> ? 2 : 1;
 
-// d[i][first], d[i][first + 1] += the sum over a chain of a[c][i] load_b(c). `into_zeros`: they are zeros so far.
+// d[i][first], d[i][first + 1] += the sum over a chain of a[c][i] load_b(c).
 template <class Element, int kRowTiles, int kBlocks, class LoadB>
-__device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks][4], int first, bool into_zeros,
+__device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks][4], int first,
                                                   const tile::Tf32Operand<Element, 4> (&a)[kChain<Element>][kRowTiles],
                                                   LoadB load_b) {
-  if (into_zeros || std::is_same_v<Element, Tf32>) {
-#pragma unroll
-    for (int c = 0; c < kChain<Element>; ++c) tile::multiply(d, first, a[c], load_b(c));
+  if constexpr (std::is_same_v<Element, Tf32>) {
+    tile::multiply(d, first, a[0], load_b(0));
   } else {
     float sum[kRowTiles][2][4] = {};
 #pragma unroll
@@ -45,7 +44,7 @@ __device__ __forceinline__ void chain_of_products(float (&d)[kRowTiles][kBlocks]
   }
 }
 
-// s += A B^T, of kRowTiles * 16 rows of one tile and kBlocks * 8 rows of another, over all channels; s is zero before.
+// s += A B^T, of kRowTiles * 16 rows of one tile and kBlocks * 8 rows of another, over all channels.
 template <class Element, int kChannels, int kRowTiles, int kBlocks>
 __device__ __forceinline__ void multiply_rows(float (&s)[kRowTiles][kBlocks][4], uint32_t a_tile, int a_row,
                                               uint32_t b_tile, int b_row, int lane) {
@@ -85,7 +84,7 @@ __device__ __forceinline__ void multiply_rows(float (&s)[kRowTiles][kBlocks][4],
         }
 #pragma unroll
       for (int n = 0; n < kBlocks / 2; ++n) {
-        chain_of_products<Element>(s, 2 * n, chain == 0, a, [&](int c) {
+        chain_of_products<Element>(s, 2 * n, a, [&](int c) {
           uint32_t raw[4];
           Tile::load_b(raw, b_tile, b_row + 16 * n, chain + c, lane);
           tile::Tf32Operand<Element, 4> b;
@@ -145,7 +144,7 @@ __device__ __forceinline__ void multiply_weights(float (&d)[kRowTiles][kChannels
           for (int e = 0; e < 4; ++e) a[c][i].set(e, weights[i][chain + c][e / 2 + 2 * (e % 2)]);
 #pragma unroll
       for (int n = 0; n < kChannels / 16; ++n) {
-        chain_of_products<Element>(d, 2 * n, false, a, [&](int c) {
+        chain_of_products<Element>(d, 2 * n, a, [&](int c) {
           tile::Tf32Operand<Element, 4> b;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
