@@ -47,7 +47,9 @@ void inverse_av(const UnfusedArguments&, void* stream);
 namespace fused_sm80 {
 void forward(const ForwardArguments&, void* stream);
 void backward(const BackwardArguments&, void* stream);
-std::vector<int> forward_plan(const Problem&);  // variant, query tile (3), key box (3); for the current device
+// Variant, query tile (3), key box (3); or 2, query patch (3), patches of a tile (3), slab step, heads of a block. For
+// the current device.
+std::vector<int> forward_plan(const Problem&);
 }  // namespace fused_sm80
 
 namespace fused_sm90 {

@@ -89,15 +89,18 @@ struct ChunkRows {
   }
 };
 
-// How a box of `extent` columns is cut into chunks of at most kMost columns: evenly, whole lines when they fit.
+// How a box of `extent` columns is cut into chunks of at most `most` columns: evenly, whole lines when they fit.
 struct ChunkShape {
   int lines, width;
 
+  NATTEN_HOST_DEVICE static ChunkShape make(int most, int extent_y, int extent_z) {
+    if (extent_z > most) return {1, ceil_div(extent_z, ceil_div(extent_z, most))};
+    return {ceil_div(extent_y, ceil_div(extent_y, most / extent_z)), extent_z};
+  }
   template <int kMost>
   NATTEN_HOST_DEVICE static ChunkShape make(int extent_y, int extent_z) {
     static_assert(kMost <= kMostChunk);
-    if (extent_z > kMost) return {1, ceil_div(extent_z, ceil_div(extent_z, kMost))};
-    return {ceil_div(extent_y, ceil_div(extent_y, kMost / extent_z)), extent_z};
+    return make(kMost, extent_y, extent_z);
   }
 };
 
@@ -141,6 +144,11 @@ struct PatchMask {
   // `element`: 0, 1 of the first row, 2, 3 of the second.
   NATTEN_HOST_DEVICE bool keeps(int column_block, int element) const {
     return (word[column_block / 8] >> (8 * (column_block % 4) + 4 * (column_block / 4 % 2) + element)) & 1;
+  }
+  // The mask of a plane that only some of the thread's two rows attend.
+  NATTEN_HOST_DEVICE PatchMask rows(bool first, bool second) const {
+    const uint32_t kept = (first ? 0x33333333u : 0u) | (second ? 0xccccccccu : 0u);
+    return {{word[0] & kept, word[1] & kept}};
   }
   // What the thread needs of a half of its rows' bits.
   NATTEN_HOST_DEVICE static uint32_t pick(uint64_t first_row, uint64_t second_row, int quad) {

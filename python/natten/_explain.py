@@ -28,11 +28,16 @@ _PLAN_FIELDS = {
         ("pair axis", 1),
     ),
 }
+#: The form of fused_sm80 for small windows, told by the first number.
+_PATCH_FORM = 2
+_PATCH_FIELDS = (("form", 1), ("query patch", 3), ("patches of a tile", 3), ("slab step", 1), ("heads of a block", 1))
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # natten::ScalarType
 
 
-def plan_fields(kernel: Kernel) -> tuple[tuple[str, int], ...]:
+def plan_fields(kernel: Kernel, plan: Sequence[int]) -> tuple[tuple[str, int], ...]:
     """Names of the numbers of a kernel's plan, and how many each has."""
+    if kernel is Kernel.fused_sm80 and plan and plan[0] == _PATCH_FORM:
+        return _PATCH_FIELDS
     return _PLAN_FIELDS.get(kernel, ())
 
 
@@ -69,7 +74,7 @@ def _plan_text(decision: Decision) -> str:
     values = iter(decision.plan)
     fields = [
         f"{name} {'x'.join(str(next(values)) for _ in range(count))}"
-        for name, count in plan_fields(decision.kernel)
+        for name, count in plan_fields(decision.kernel, decision.plan)
         if decision.plan
     ]
     return ", ".join(fields) or "left to the kernel"

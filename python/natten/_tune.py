@@ -91,7 +91,7 @@ def _neighbours(kernel: Kernel, plan: tuple[int, ...]) -> Iterator[tuple[int, ..
     Kernels refuse what they cannot run.
     """
     at = 0
-    for _, count in plan_fields(kernel):
+    for _, count in plan_fields(kernel, plan):
         positions = range(at, at + count)
         at += count
         if at > len(plan):

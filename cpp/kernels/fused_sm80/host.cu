@@ -15,10 +15,6 @@ constexpr int kAlignment = 16;  // of every row, in bytes: cp.async copies 16-by
 // Cost of masking a box, as a share of computing it.
 constexpr double kPartialCharge = 0.25;
 
-// Neighbouring blocks take the heads of one tile when all the keys that the heads need fit here; then rows of
-// neighbouring heads, which share cache lines, are read together. Otherwise they take the tiles of one head.
-constexpr double kHeadsInnermostBytes = 16e6;
-
 }  // namespace
 
 void check_problem(const Problem& problem) {
@@ -214,6 +210,7 @@ TilePlan plan(const Problem& problem, Side owned, const KernelEntry (&entries)[k
     if (best_cost >= 0 && cost_ >= best_cost) continue;
     best_cost = cost_;
     best.variant = static_cast<Variant>(v);
+    best.scores = cost_;
     for (int a = 0; a < kAxes; ++a) {
       best.owned[a] = shape.q[a];
       best.walked[a] = shape.kv[a];

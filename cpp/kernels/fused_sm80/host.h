@@ -11,6 +11,10 @@
 
 namespace natten::fused_sm80 {
 
+// Neighbouring blocks take the heads of one tile when all the keys that the heads need fit here; then rows of
+// neighbouring heads, which share cache lines, are read together. Otherwise they take the tiles of one head.
+constexpr double kHeadsInnermostBytes = 16e6;
+
 // Throws std::invalid_argument for what the family does not support.
 void check_problem(const Problem& problem);
 
@@ -29,6 +33,7 @@ Parameters make_parameters(const Problem& problem);
 struct TilePlan {
   Variant variant;
   int owned[kAxes], warp[kAxes], walked[kAxes];
+  double scores;  // of `plan`: computed per batch item, head and dilation group, and what masks and the variant add
 };
 // For a kernel whose blocks own tiles of `owned`. Reads seven numbers: variant, owned tile, walked box.
 TilePlan read_plan(const int* values, const Problem& problem, Side owned, const KernelEntry (&entries)[kVariants]);
