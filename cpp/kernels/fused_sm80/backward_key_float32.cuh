@@ -158,6 +158,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   // ---- results: through this warp's rows of the tiles, which no other warp reads
   ptx::cp_async_wait<0>();
+  __syncwarp();  // every lane has read the rows that results replace
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll

@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 
   ptx::cp_async_wait<0>();
+  __syncwarp();  // every lane has read the rows that results replace
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll

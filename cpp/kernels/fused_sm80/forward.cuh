@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   softmax.finish();
   ptx::cp_async_wait<0>();
   const float logsumexp = softmax.logsumexp_of_lane(lane, scale_log2);
+  __syncwarp();  // every lane has read its queries
 #pragma unroll
   for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
