@@ -211,7 +211,7 @@ def describe(spec: dict[str, Any]) -> str:
     for letter, name, trivial in (("s", "stride", 1), ("d", "dilation", 1), ("c", "causal", False)):
         if any(value != trivial for value in spec[name]):
             text += f" {letter}{join([int(value) for value in spec[name]])}"
-    return spec.get("name", text + (" tf32" if spec["tf32"] else ""))
+    return str(spec.get("name", text + (" tf32" if spec["tf32"] else "")))
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -262,7 +262,7 @@ def rms(values: Sequence[float]) -> float:
 
 def fit(rows: Sequence[Row]) -> None:
     """Least squares of the logarithms, for each kernel and pass, over efficiency, score_ps and tile_ns."""
-    from scipy.optimize import least_squares
+    from scipy.optimize import least_squares  # type: ignore[import-untyped, unused-ignore]
 
     costs = {kernel: dict(table) for kernel, table in _cost._COSTS.items()}
     _cost._COSTS = costs  # estimates read what is fitted
