@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "kernels/fused_sm80/patch_block.cuh"
+#include "kernels/fused_sm80/patch_forward_block.cuh"
 #include "ptx/math.h"
 #include "ptx/mma.h"
 

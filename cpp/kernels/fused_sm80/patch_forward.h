@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 
 #include "kernels/arguments.h"
-#include "kernels/fused_sm80/patch_parameters.h"
-#include "kernels/fused_sm80/patch_plan.h"
+#include "kernels/fused_sm80/patch_forward_parameters.h"
+#include "kernels/fused_sm80/patch_forward_plan.h"
 
 namespace natten::fused_sm80 {
 

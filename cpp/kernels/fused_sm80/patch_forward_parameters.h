@@ -1,7 +1,7 @@
 // What the forward patch kernels receive.
 #pragma once
 
-#include "kernels/fused_sm80/patch_plan.h"
+#include "kernels/fused_sm80/patch_forward_plan.h"
 #include "tile/divisor.h"
 #include "tile/patch.cuh"
 

@@ -1,7 +1,7 @@
 // The tile of patches that a block of the forward owns, a warp's patch, the loads of slabs and rows.
 #pragma once
 
-#include "kernels/fused_sm80/patch_parameters.h"
+#include "kernels/fused_sm80/patch_forward_parameters.h"
 #include "ptx/memory.h"
 
 namespace natten::fused_sm80 {

@@ -1,4 +1,4 @@
-#include "kernels/fused_sm80/patch_plan.h"
+#include "kernels/fused_sm80/patch_forward_plan.h"
 
 #include <algorithm>
 #include <array>
@@ -130,7 +130,7 @@ double estimate(const PatchPlan& plan, const Problem& problem, const PatchKernel
   const double copies = 2 * tokens * kernels.head_dim / 8 / 32;  // of 32 lanes
   double instructions = patches * (kHeadInstructions + walk.groups * group_instructions(kernels.head_dim) +
                                    (plan.single ? 0 : walk.chunks * kChunkInstructions));
-  if (!plan.single && kernels.head_dim > 32) instructions *= 1.4;  // registers are short
+  if (!plan.single && kernels.head_dim > 32) instructions *= 1.45;  // registers are short
   instructions += tiles * (copies * kLoadInstructions + warps * (kBlockInstructions / plan.set_heads +
                                                                  (plan.single ? 0 : steps * kStepInstructions)));
   // More warps hide more of the latency; a single block waits for its own loads.
