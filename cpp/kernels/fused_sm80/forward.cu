@@ -40,7 +40,6 @@ struct ForwardPlan {
 
 ForwardPlan cheaper_form(const Problem& problem, const KernelEntry (&entries)[kVariants]) {
   ForwardPlan chosen{false, {}, plan(problem, Side::queries, entries)};
-  if (!has_patches(problem)) return chosen;
   const double time = plan_patches(problem, chosen.patches);
   chosen.in_patches = time >= 0 && time < estimate_boxes(problem, chosen.boxes);
   return chosen;
@@ -48,7 +47,7 @@ ForwardPlan cheaper_form(const Problem& problem, const KernelEntry (&entries)[kV
 
 struct ForwardKey {
   Axis axis[kAxes];
-  int64_t batch, additional;
+  int64_t batch;
   int heads, heads_kv, head_dim, head_dim_v, limit, type;
 };
 struct ForwardCache {
@@ -58,13 +57,13 @@ struct ForwardCache {
   int filled, next;
 };
 
-// The cheaper form, remembered for the last problems of a thread.
+// The cheaper form, remembered for the last problems of a thread that can be done in patches.
 ForwardPlan remembered_plan(const Problem& problem, const KernelEntry (&entries)[kVariants]) {
+  if (!has_patches(problem)) return {false, {}, plan(problem, Side::queries, entries)};
   thread_local ForwardCache cache{};
   ForwardKey key{};
   std::copy(problem.axis, problem.axis + kAxes, key.axis);
   key.batch = problem.batch;
-  key.additional = problem.additional;
   key.heads = problem.heads;
   key.heads_kv = problem.heads_kv;
   key.head_dim = problem.head_dim;
@@ -73,10 +72,11 @@ ForwardPlan remembered_plan(const Problem& problem, const KernelEntry (&entries)
   key.type = int(problem.type);
   for (int i = 0; i < cache.filled; ++i)
     if (std::memcmp(&cache.key[i], &key, sizeof key) == 0) return cache.plan[i];
+  const ForwardPlan chosen = cheaper_form(problem, entries);
   const int at = cache.next++ % ForwardCache::kEntries;
   cache.filled = max_int(cache.filled, at + 1);
   cache.key[at] = key;
-  return cache.plan[at] = cheaper_form(problem, entries);
+  return cache.plan[at] = chosen;
 }
 
 // problem.plan, when given: variant of boxes; or variant, query tile (3), key box (3); or kPatchForm, patch (3),
