@@ -45,11 +45,12 @@ ForwardPlan cheaper_form(const Problem& problem, const KernelEntry (&entries)[kV
   return chosen;
 }
 
-struct ForwardKey {
+struct ForwardKey {  // compared as bytes: no padding
+  int64_t batch, shared_bytes;
   Axis axis[kAxes];
-  int64_t batch;
-  int heads, heads_kv, head_dim, head_dim_v, limit, type;
+  int heads, heads_kv, head_dim, head_dim_v, type;
 };
+static_assert(std::has_unique_object_representations_v<ForwardKey>);
 struct ForwardCache {
   static constexpr int kEntries = 16;
   ForwardKey key[kEntries];
@@ -68,7 +69,7 @@ ForwardPlan remembered_plan(const Problem& problem, const KernelEntry (&entries)
   key.heads_kv = problem.heads_kv;
   key.head_dim = problem.head_dim;
   key.head_dim_v = problem.head_dim_v;
-  key.limit = shared_memory_limit();
+  key.shared_bytes = shared_memory_limit();
   key.type = int(problem.type);
   for (int i = 0; i < cache.filled; ++i)
     if (std::memcmp(&cache.key[i], &key, sizeof key) == 0) return cache.plan[i];
