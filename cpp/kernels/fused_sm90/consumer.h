@@ -2,7 +2,8 @@
 //
 // Per step j: S = Q K_j^T, P = softmax step, O += P V_j. With Config::kOverlap the product S_{j+1} and then P_j V_j are
 // issued together, and the maxima of softmax j + 1 are found while the tensor cores still work on P_j V_j. Its
-// exponentials come after that (the compiler moves the wait before them; forced beside it, they slow all but D 64 down).
+// exponentials come after that (the compiler moves the wait before them; forced beside it, they slow all but D 64
+// down).
 #pragma once
 
 #include "kernels/fused_sm90/bias.h"
