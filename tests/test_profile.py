@@ -202,9 +202,10 @@ def test_tiles_of_fused_sm90_are_the_configured_ones() -> None:
     gradients = (KERNELS / "fused_sm90" / "backward_config.h").read_text()
     shapes = re.search(r"constexpr GradientShape kGradientShapes\[\] = {(.*?)\n};", gradients, re.S)
     assert shapes is not None
-    walked = {(int(d), int(box)) for d, box in re.findall(r"{(\d+), Side::\w+, (\d+), ", shapes[1])}
+    walked = {(int(d), pass_, int(box)) for d, pass_, box in re.findall(r"{(\d+), Pass::(\w+), (\d+), ", shapes[1])}
+    expected = {(d, "all", tile.box) for d, (tile,) in tiles._SM90_ACCUMULATING.items()}
     (tile,) = tiles._SM90_GRADIENTS
-    assert walked == {(d, tile.box) for d in tiles._SM90_GRADIENT_CLASSES}
+    assert walked == expected | {(d, p, tile.box) for d in tiles._SM90_GRADIENT_CLASSES for p in ("keys", "queries")}
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ def test_dry_run_shows_candidates_and_plans(capsys: pytest.CaptureFixture[str]) 
     assert "rejected: runs on cuda" in printed
     assert re.search(r"forward +fused_sm90 +forward \(owns queries\) +16x4 +16x4 +4x16 +39% +x 2\.56", printed)
     assert re.search(r"backward +fused_sm80 +key gradient \(owns keys\)", printed)
-    assert not re.search(r"backward +fused_sm90 +\w+ \(owns", printed)
+    assert re.search(r"backward +fused_sm90 +accumulating \(owns keys\)", printed)
 
 
 @pytest.mark.parametrize(

@@ -42,4 +42,12 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
   return result;
 }
 
+// The inverse.
+__device__ __forceinline__ float2 unpack(uint32_t pair, __nv_bfloat16) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+__device__ __forceinline__ float2 unpack(uint32_t pair, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
 }  // namespace natten::ptx

@@ -72,4 +72,16 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&d)[4], uint32_
                : "memory");
 }
 
+// The inverses: four 8 x 8 matrices from registers to the rows whose addresses the lanes give.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(d[0]),
+               "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4_transposed(uint32_t address, const uint32_t (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(d[0]),
+               "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+
 }  // namespace natten::ptx

@@ -36,6 +36,16 @@ __device__ __forceinline__ void tensor_store(const void* source, const CUtensorM
                : "memory");
 }
 
+// Adds a box of floats from shared memory to the tensor, each addition atomic; positions outside are left out.
+// Committed and waited for like a store.
+__device__ __forceinline__ void tensor_reduce_add(const void* source, const CUtensorMap& map, const BoxCoordinate& c) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%1, {%2, %3, %4, %5, %6}], [%0];" ::"r"(
+          shared_address(source)),
+      "l"(&map), "r"(c.channel), "r"(c.fold), "r"(c.z), "r"(c.y), "r"(c.x)
+      : "memory");
+}
+
 __device__ __forceinline__ void tensor_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until the committed stores have read shared memory / are complete.

@@ -65,26 +65,35 @@ __device__ __forceinline__ uint32_t matrix_descriptor_low(uint32_t address, int 
 #define NATTEN_R96 NATTEN_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NATTEN_R128 NATTEN_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // Operands after the accumulators: A descriptor, B descriptor, accumulate?  /  four A registers, B descriptor, transpose B.
-#define NATTEN_WGMMA_SHARED(n, type, registers, a, b, accumulate_, ...)                                                   \
+#define NATTEN_WGMMA_SHARED(n, type, transpose, registers, a, b, accumulate_, ...)                                        \
   asm volatile("{ .reg .pred p; setp.ne.b32 p, " accumulate_ ", 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-               " {" registers "}, " a ", " b ", p, 1, 1, 0, 0; }" : __VA_ARGS__ : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate))
+               " {" registers "}, " a ", " b ", p, 1, 1, 0, " transpose "; }" : __VA_ARGS__ : "l"(a_descriptor), "l"(b_descriptor), "r"(accumulate))
 #define NATTEN_WGMMA_REGISTERS(n, type, registers, a0, a1, a2, a3, b, ...)                                                \
   asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;\n wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type       \
                " {" registers "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b ", p, 1, 1, 1; }" : __VA_ARGS__                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor))
 // clang-format on
 
-// D (+)= A B^T with A [64, 16] and B [N, 16] in shared memory, both with contiguous rows (K-major).
-template <typename Element, int N>
+// D (+)= A B^T with A [64, 16] and B [N, 16] in shared memory, both with contiguous rows (K-major); or
+// D (+)= A B with B [16, N], its rows contiguous as well (transposed by the instruction).
+template <typename Element, int N, bool kTransposed = false>
 __device__ __forceinline__ void wgmma_shared(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor,
                                              int accumulate) {
-#define NATTEN_CASE(n, registers, a, b, accumulate_, ...)                        \
-  if constexpr (N == n) {                                                        \
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                      \
-      NATTEN_WGMMA_SHARED(n, "bf16", registers, a, b, accumulate_, __VA_ARGS__); \
-    } else {                                                                     \
-      NATTEN_WGMMA_SHARED(n, "f16", registers, a, b, accumulate_, __VA_ARGS__);  \
-    }                                                                            \
+#define NATTEN_CASE(n, registers, a, b, accumulate_, ...)                               \
+  if constexpr (N == n) {                                                               \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                             \
+      if constexpr (kTransposed) {                                                      \
+        NATTEN_WGMMA_SHARED(n, "bf16", "1", registers, a, b, accumulate_, __VA_ARGS__); \
+      } else {                                                                          \
+        NATTEN_WGMMA_SHARED(n, "bf16", "0", registers, a, b, accumulate_, __VA_ARGS__); \
+      }                                                                                 \
+    } else {                                                                            \
+      if constexpr (kTransposed) {                                                      \
+        NATTEN_WGMMA_SHARED(n, "f16", "1", registers, a, b, accumulate_, __VA_ARGS__);  \
+      } else {                                                                          \
+        NATTEN_WGMMA_SHARED(n, "f16", "0", registers, a, b, accumulate_, __VA_ARGS__);  \
+      }                                                                                 \
+    }                                                                                   \
   }
   static_assert(N == 64 || N == 80 || N == 96 || N == 128);
   NATTEN_CASE(64, NATTEN_R32, "%32", "%33", "%34", NATTEN_D32(0))

@@ -83,8 +83,8 @@ _COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
     ),
     Kernel.fused_sm90: _costs(
         Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=32),  # 11 %
-        # Over six problems of head dims 64 and 128, windows from 13x13: 9 % with (0.9, 40 ns). A little dearer here, so
-        # that it is not preferred on a narrow margin where it was not measured.
+        # Deterministic. Over six problems of head dims 64 and 128, windows from 13x13: 9 % with (0.9, 40 ns). A little
+        # dearer here, so that it is not preferred on a narrow margin where it was not measured.
         Cost(0.8, _TWO_PASSES, tile_ns=45.0, tile=64, box=64),
     ),
 }
@@ -102,6 +102,9 @@ _MOST_PATCH_KEYS, _MOST_PATCH_HEAD_DIM = 112, 64
 _PATCHES = Cost(0.2, _TWO_PASSES, tile_ns=4.0, tile=16, box=1)
 # Taken up to so many keys in a window times channels of the head dim class; patch_backward.cu has the same rule.
 _MOST_PATCH_CHANNELS = 200 * 64
+
+# The backward pass of fused_sm90 that accumulates query gradients. 13 %, over seventeen problems
+_SM90_ACCUMULATING = Cost(0.8, _ONE_PASS, tile_ns=48.0, tile=64, box=64)
 
 # float32 in fused_sm80: TF32, and three TF32 products for one. 11 %, 11 %, over seven problems of each
 _FLOAT32_FUSED: Mapping[Operation, Cost] = _costs(
@@ -220,6 +223,8 @@ def milliseconds(
             cost = _PATCHES
         elif accumulating_is_faster(problem):
             cost = _ACCUMULATING
+    elif kernel is Kernel.fused_sm90 and operation is Operation.backward and accumulating_is_allowed(problem):
+        cost = _SM90_ACCUMULATING
     d, dv = problem.head_dim, problem.head_dim_v
     if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
         d, dv = _padded(problem)

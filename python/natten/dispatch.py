@@ -89,8 +89,14 @@ def _fused_sm80_bytes(problem: Problem) -> int:
 
 
 def _fused_sm90_bytes(problem: Problem) -> int:
-    """Two numbers per query and head, 16 bytes apart for the copy engine."""
-    return 16 * problem.batch * problem.queries * problem.heads
+    """What cpp/kernels/fused_sm90/backward.cu asks for.
+
+    Two numbers per query and head, 16 bytes apart for the copy engine; and float32 sums of the query gradients, which
+    save two of seven products but are added to in any order, where they are allowed.
+    """
+    rows = problem.batch * problem.queries * problem.heads
+    needed = 16 * rows
+    return needed + 4 * rows * problem.head_dim if _cost.accumulating_is_allowed(problem) else needed
 
 
 def _fused_sm90_backward_limits(problem: Problem) -> str | None:

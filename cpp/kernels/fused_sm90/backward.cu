@@ -1,7 +1,10 @@
-// Backward for Hopper, deterministic: statistics of the queries, then the gradients of keys and values by a kernel that
-// owns keys, and those of the queries by one that owns queries. docs/kernels/fused-hopper-backward.md.
+// Backward for Hopper: statistics of the queries; then either a kernel that owns keys and adds to the gradients of the
+// queries in memory as it goes, and their conversion (five products), or, deterministic, the gradients of keys and
+// values by a kernel that owns keys and those of the queries by one that owns queries (seven).
+// docs/kernels/fused-hopper-backward.md.
 //
-// Workspace (python/natten/dispatch.py allocates it): 16 bytes * batch * queries * heads.
+// Workspace (python/natten/dispatch.py allocates it): 16 bytes * batch * queries * heads; the first form is taken if
+// kDeterministic is not set and there are 4 * head_dim * batch * queries * heads bytes more, for the sums.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +18,7 @@
 #include "kernels/fused_sm90/backward_planner.h"
 #include "kernels/fused_sm90/maps.h"
 #include "kernels/launch.h"
+#include "ptx/math.h"
 #include "tile/scalar.h"
 #include "tile/softmax.h"
 
@@ -23,7 +27,7 @@ namespace natten::fused_sm90 {
 namespace {
 
 constexpr char kName[] = "fused_sm90 backward";
-constexpr int kStatisticsThreads = 256;
+constexpr int kRowThreads = 256;  // of the kernels that go over rows
 
 // A tensor [B, X, Y, Z, H, C], strides in elements; rows are numbered with heads innermost.
 struct Rows {
@@ -31,44 +35,87 @@ struct Rows {
   int64_t batch, axis[kAxes], head;
 };
 
+// How threads of a kernel are dealt out to the rows of queries.
+struct RowGrid {
+  Divisor blocks_per_item, heads, length[kAxes];  // length: queries per axis
+  int rows_per_item, lanes;                       // lanes: threads per row, a power of two; each has 8 channels
+};
+
+// A thread's row.
+struct RowThread {
+  uint32_t batch;
+  int row, x, y, z, head, lane;
+  bool exists;
+
+  __device__ __forceinline__ explicit RowThread(const RowGrid& g) : batch(blockIdx.x), lane(threadIdx.x % g.lanes) {
+    const int block_in_item = g.blocks_per_item.peel(batch);
+    row = block_in_item * (kRowThreads / g.lanes) + threadIdx.x / g.lanes;
+    exists = row < g.rows_per_item;
+    uint32_t index = exists ? row : 0;
+    head = g.heads.peel(index);
+    z = g.length[2].peel(index);
+    y = g.length[1].peel(index);
+    x = index;
+  }
+  __device__ __forceinline__ int64_t offset(const Rows& t) const {
+    return batch * t.batch + head * t.head + x * t.axis[0] + y * t.axis[1] + z * t.axis[2];
+  }
+  __device__ __forceinline__ int64_t number(const RowGrid& g) const { return int64_t(batch) * g.rows_per_item + row; }
+};
+
 struct StatisticsParameters {
+  RowGrid grid;
   Rows grad_out, out, logsumexp, grad_logsumexp;  // grad_logsumexp.data may be null
   char* statistics;                               // [B, X, Y, Z, H] of kStatisticsBytes
-  Divisor blocks_per_item, heads, length[kAxes];  // length: queries per axis
-  int rows_per_item, lanes, head_dim;             // lanes: threads per row, a power of two
+  int head_dim;
 };
 
 // {logsumexp * log2(e), delta} of every query, delta = rowsum(grad_out * out) - grad_logsumexp.
 template <class Element>
-__global__ void __launch_bounds__(kStatisticsThreads)
-    statistics_kernel(const __grid_constant__ StatisticsParameters p) {
-  uint32_t batch = blockIdx.x;
-  const int block_in_item = p.blocks_per_item.peel(batch);
-  const int row = block_in_item * (kStatisticsThreads / p.lanes) + threadIdx.x / p.lanes, lane = threadIdx.x % p.lanes;
-  const bool exists = row < p.rows_per_item;
-  uint32_t index = exists ? row : 0;
-  const int head = p.heads.peel(index);
-  const int z = p.length[2].peel(index), y = p.length[1].peel(index), x = index;
-  const auto offset = [&](const Rows& t) {
-    return batch * t.batch + head * t.head + x * t.axis[0] + y * t.axis[1] + z * t.axis[2];
-  };
+__global__ void __launch_bounds__(kRowThreads) statistics_kernel(const __grid_constant__ StatisticsParameters p) {
+  const RowThread t(p.grid);
   float sum = 0.f;
-  if (exists && lane * 8 < p.head_dim) {
+  if (t.exists && t.lane * 8 < p.head_dim) {
     Element grad[8], out[8];
-    *reinterpret_cast<uint4*>(grad) =
-        *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.grad_out.data) + offset(p.grad_out) + lane * 8);
+    *reinterpret_cast<uint4*>(grad) = *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.grad_out.data) +
+                                                                      t.offset(p.grad_out) + t.lane * 8);
     *reinterpret_cast<uint4*>(out) =
-        *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.out.data) + offset(p.out) + lane * 8);
+        *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.out.data) + t.offset(p.out) + t.lane * 8);
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum += widen(grad[e]) * widen(out[e]);
   }
-  for (int distance = p.lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  if (!exists || lane != 0) return;
+  for (int distance = p.grid.lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (!t.exists || t.lane != 0) return;
   if (p.grad_logsumexp.data != nullptr)
-    sum -= static_cast<const float*>(p.grad_logsumexp.data)[offset(p.grad_logsumexp)];
-  const float logsumexp = static_cast<const float*>(p.logsumexp.data)[offset(p.logsumexp)];
-  *reinterpret_cast<float2*>(p.statistics + (int64_t(batch) * p.rows_per_item + row) * kStatisticsBytes) =
+    sum -= static_cast<const float*>(p.grad_logsumexp.data)[t.offset(p.grad_logsumexp)];
+  const float logsumexp = static_cast<const float*>(p.logsumexp.data)[t.offset(p.logsumexp)];
+  *reinterpret_cast<float2*>(p.statistics + t.number(p.grid) * kStatisticsBytes) =
       make_float2(logsumexp * tile::kLog2E, sum);
+}
+
+struct ConversionParameters {
+  RowGrid grid;
+  const float* sums;  // [B, X, Y, Z, H, D]
+  Rows gradient;
+  int head_dim;
+  float scale;
+};
+
+// gradient = scale * sums
+template <class Element>
+__global__ void __launch_bounds__(kRowThreads) conversion_kernel(const __grid_constant__ ConversionParameters p) {
+  const RowThread t(p.grid);
+  if (!t.exists || t.lane * 8 >= p.head_dim) return;
+  float sums[8];
+  const float4* const source = reinterpret_cast<const float4*>(p.sums + t.number(p.grid) * p.head_dim + t.lane * 8);
+  *reinterpret_cast<float4*>(sums) = source[0];
+  *reinterpret_cast<float4*>(sums + 4) = source[1];
+  uint32_t rounded[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rounded[i] = ptx::pack(sums[2 * i] * p.scale, sums[2 * i + 1] * p.scale, Element());
+  Element* const destination =
+      const_cast<Element*>(static_cast<const Element*>(p.gradient.data)) + t.offset(p.gradient) + t.lane * 8;
+  *reinterpret_cast<uint4*>(destination) = make_uint4(rounded[0], rounded[1], rounded[2], rounded[3]);
 }
 
 [[noreturn]] void refuse(const char* why) {
@@ -78,6 +125,11 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 int64_t query_rows_per_item(const Problem& p) {
   return int64_t(p.axis[0].q_length) * p.axis[1].q_length * p.axis[2].q_length * p.heads;
 }
+
+// Parts of the workspace, in this order.
+int64_t statistics_bytes(const Problem& p) { return kStatisticsBytes * p.batch * query_rows_per_item(p); }
+int accumulator_row_bytes(const Problem& p) { return 4 * p.head_dim; }
+int64_t accumulator_bytes(const Problem& p) { return accumulator_row_bytes(p) * p.batch * query_rows_per_item(p); }
 
 const char* check_problem(const Problem& p) {
   if (p.type != ScalarType::bfloat16 && p.type != ScalarType::float16) return "the element type is not a 16-bit float";
@@ -101,10 +153,9 @@ void exchange_x_and_y(BackwardArguments* a) {
   }
 }
 
-// The workspace as a tensor of 16-bit elements, contiguous.
-TensorView statistics_view(const BackwardArguments& a) {
-  const Problem& p = a.problem;
-  TensorView view{a.workspace, 0, {}, kStatisticsBytes / 2};
+// A part of the workspace: `row_bytes` per query and head, contiguous; strides in units of 2 bytes.
+TensorView workspace_view(const Problem& p, char* data, int row_bytes) {
+  TensorView view{data, 0, {}, row_bytes / 2};
   int64_t stride = view.head_stride * p.heads;
   for (int i = kAxes - 1; i >= 0; --i) {
     view.axis_stride[i] = stride;
@@ -116,7 +167,7 @@ TensorView statistics_view(const BackwardArguments& a) {
 
 // Every tensor that a map describes.
 struct FoldedTensors {
-  FoldedTensor query, key, value, grad_out, statistics, grad_query, grad_key, grad_value;
+  FoldedTensor query, key, value, grad_out, statistics, grad_query, grad_key, grad_value, accumulator;
 };
 
 const char* fold_all(const BackwardArguments& a, FoldedTensors* folded) {
@@ -137,7 +188,10 @@ const char* fold_all(const BackwardArguments& a, FoldedTensors* folded) {
   of_queries(a.query, p.head_dim, &folded->query);
   of_queries(a.grad_out, p.head_dim_v, &folded->grad_out);
   of_queries(a.grad_query, p.head_dim, &folded->grad_query);
-  of_queries(statistics_view(a), kStatisticsChannels, &folded->statistics);
+  char* const workspace = static_cast<char*>(a.workspace);
+  of_queries(workspace_view(p, workspace, kStatisticsBytes), kStatisticsBytes / 4, &folded->statistics);
+  of_queries(workspace_view(p, workspace + statistics_bytes(p), accumulator_row_bytes(p)), p.head_dim,
+             &folded->accumulator);
   of_keys(a.key, p.head_dim, &folded->key);
   of_keys(a.value, p.head_dim_v, &folded->value);
   of_keys(a.grad_key, p.head_dim, &folded->grad_key);
@@ -150,35 +204,58 @@ Rows make_rows(const TensorView& view) {
       view.data, view.batch_stride, {view.axis_stride[0], view.axis_stride[1], view.axis_stride[2]}, view.head_stride};
 }
 
+float* sums_of(const BackwardArguments& a) {
+  return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + statistics_bytes(a.problem));
+}
+
+// Returns how many blocks the grid has.
+unsigned deal_rows(const Problem& problem, int head_dim, RowGrid* g) {
+  g->lanes = 1;
+  while (g->lanes * 8 < head_dim) g->lanes *= 2;
+  g->rows_per_item = static_cast<int>(query_rows_per_item(problem));
+  g->heads = Divisor(problem.heads);
+  for (int i = 0; i < kAxes; ++i) g->length[i] = Divisor(problem.axis[i].q_length);
+  const int64_t rows_per_block = kRowThreads / g->lanes;
+  const int64_t blocks_per_item = (g->rows_per_item + rows_per_block - 1) / rows_per_block;
+  g->blocks_per_item = Divisor(static_cast<uint32_t>(blocks_per_item));
+  return grid_size(blocks_per_item * problem.batch, kName);
+}
+
 void launch_statistics(const BackwardArguments& a, cudaStream_t stream) {
-  const Problem& problem = a.problem;
   StatisticsParameters s{};
   s.grad_out = make_rows(a.grad_out);
   s.out = make_rows(a.out);
   s.logsumexp = make_rows(a.logsumexp);
   s.grad_logsumexp = make_rows(a.grad_logsumexp);
   s.statistics = static_cast<char*>(a.workspace);
-  s.lanes = 1;
-  while (s.lanes * 8 < problem.head_dim_v) s.lanes *= 2;
-  s.rows_per_item = static_cast<int>(query_rows_per_item(problem));
-  s.head_dim = problem.head_dim_v;
-  s.heads = Divisor(problem.heads);
-  for (int i = 0; i < kAxes; ++i) s.length[i] = Divisor(problem.axis[i].q_length);
-  const int64_t rows_per_block = kStatisticsThreads / s.lanes;
-  const int64_t blocks_per_item = (s.rows_per_item + rows_per_block - 1) / rows_per_block;
-  s.blocks_per_item = Divisor(static_cast<uint32_t>(blocks_per_item));
-  const unsigned grid = grid_size(blocks_per_item * problem.batch, kName);
-  if (problem.type == ScalarType::float16) {
-    statistics_kernel<__half><<<grid, kStatisticsThreads, 0, stream>>>(s);
+  s.head_dim = a.problem.head_dim_v;
+  const unsigned grid = deal_rows(a.problem, s.head_dim, &s.grid);
+  if (a.problem.type == ScalarType::float16) {
+    statistics_kernel<__half><<<grid, kRowThreads, 0, stream>>>(s);
   } else {
-    statistics_kernel<__nv_bfloat16><<<grid, kStatisticsThreads, 0, stream>>>(s);
+    statistics_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(s);
   }
   check_launch(kName);
 }
 
-GradientParameters make_parameters(const Problem& problem, Side owned, const GradientSchedule& s, int warpgroups) {
+void launch_conversion(const BackwardArguments& a, cudaStream_t stream) {
+  ConversionParameters c{};
+  c.sums = sums_of(a);
+  c.gradient = make_rows(a.grad_query);
+  c.head_dim = a.problem.head_dim;
+  c.scale = static_cast<float>(a.problem.scale);
+  const unsigned grid = deal_rows(a.problem, c.head_dim, &c.grid);
+  if (a.problem.type == ScalarType::float16) {
+    conversion_kernel<__half><<<grid, kRowThreads, 0, stream>>>(c);
+  } else {
+    conversion_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(c);
+  }
+  check_launch(kName);
+}
+
+GradientParameters make_parameters(const Problem& problem, Pass pass, const GradientSchedule& s, int warpgroups) {
   GradientParameters p{};
-  const bool owns_keys = owned == Side::keys;
+  const bool owns_keys = owned_side(pass) == Side::keys;
   int64_t tiles = 1, radix[kDigits];
   for (int i = 0; i < kAxes; ++i) {
     const Axis& axis = problem.axis[i];
@@ -191,7 +268,9 @@ GradientParameters make_parameters(const Problem& problem, Side owned, const Gra
   }
   radix[kHead] = owns_keys ? problem.heads_kv : problem.heads;
   radix[kBatch] = problem.batch;
-  for (int d = 0; d < kDigits; ++d) {
+  // Tiles follow each other x fastest, as the boxes of a walk do: blocks that run together walk together, and what they
+  // read and add to stays in the L2 cache.
+  for (int d : {kTileX, kTileY, kTileZ, kGroupZ, kGroupY, kGroupX, kHead, kBatch}) {
     p.digit_weight[d] = Divisor(static_cast<uint32_t>(tiles));
     p.digit_radix[d] = Divisor(static_cast<uint32_t>(radix[d]));
     tiles *= radix[d];
@@ -212,30 +291,33 @@ GradientParameters make_parameters(const Problem& problem, Side owned, const Gra
   return p;
 }
 
-void launch_gradient(const Problem& problem, Side owned, const FoldedTensors& f, int multiprocessors,
+void launch_gradient(const Problem& problem, Pass pass, const FoldedTensors& f, int multiprocessors,
                      cudaStream_t stream) {
-  const bool owns_keys = owned == Side::keys;
+  const bool owns_keys = owned_side(pass) == Side::keys;
   const int head_dim = gradient_class(std::max(problem.head_dim, problem.head_dim_v));
-  const GradientShape shape = gradient_shape(head_dim, owned);
-  const GradientSchedule s = choose_gradient_schedule(problem, owned, head_dim, multiprocessors);
-  GradientParameters parameters = make_parameters(problem, owned, s, shape.warpgroups);
+  const GradientShape shape = gradient_shape(head_dim, pass);
+  const GradientSchedule s = choose_gradient_schedule(problem, pass, head_dim, multiprocessors);
+  GradientParameters parameters = make_parameters(problem, pass, s, shape.warpgroups);
   GradientMaps maps{};
   const FoldedTensor* const of_queries[] = {&f.query, &f.grad_out};
   const FoldedTensor* const of_keys[] = {&f.key, &f.value};
-  const auto describe = [&](Operand operand, const FoldedTensor& tensor, int chunk, const int (&box)[kAxes]) {
-    encode(tensor, problem.type, chunk, box, maps.operand[operand]);
+  const auto describe = [&](Operand operand, const FoldedTensor& tensor, int row_bytes, const int (&box)[kAxes]) {
+    const bool single = operand == kStatistics || operand == kAccumulator;
+    encode(tensor, single ? ScalarType::float32 : problem.type, row_bytes / (single ? 4 : 2), box,
+           maps.operand[operand]);
     parameters.operand[operand] = tensor.units;
   };
-  constexpr int kChunk = 64, kStatisticsChunk = kStatisticsRowBytes / 2;
+  constexpr int kRowBytes = 128;  // of one copy, swizzled
   for (int o = 0; o < 2; ++o) {
-    describe(Operand(kOwnScores + o), owns_keys ? *of_keys[o] : *of_queries[o], kChunk, s.own_box);
-    describe(Operand(kWalkedScores + o), owns_keys ? *of_queries[o] : *of_keys[o], kChunk, s.walked_box);
+    describe(Operand(kOwnScores + o), owns_keys ? *of_keys[o] : *of_queries[o], kRowBytes, s.own_box);
+    describe(Operand(kWalkedScores + o), owns_keys ? *of_queries[o] : *of_keys[o], kRowBytes, s.walked_box);
   }
-  describe(kStatistics, f.statistics, kStatisticsChunk, owns_keys ? s.walked_box : s.own_box);
-  describe(kScoresGradient, owns_keys ? f.grad_key : f.grad_query, kChunk, s.own_box);
-  if (owns_keys) describe(kGradsGradient, f.grad_value, kChunk, s.own_box);
-  const GradientKernelInfo kernel = problem.type == ScalarType::bfloat16 ? bfloat16_gradient_kernel(head_dim, owned)
-                                                                         : float16_gradient_kernel(head_dim, owned);
+  describe(kStatistics, f.statistics, kStatisticsBytes, owns_keys ? s.walked_box : s.own_box);
+  describe(kScoresGradient, owns_keys ? f.grad_key : f.grad_query, kRowBytes, s.own_box);
+  if (owns_keys) describe(kGradsGradient, f.grad_value, kRowBytes, s.own_box);
+  if (pass == Pass::all) describe(kAccumulator, f.accumulator, kRowBytes, s.walked_box);
+  const GradientKernelInfo kernel = problem.type == ScalarType::bfloat16 ? bfloat16_gradient_kernel(head_dim, pass)
+                                                                         : float16_gradient_kernel(head_dim, pass);
   check_cuda(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes),
              kName);
   void* kernel_arguments[] = {&maps, &parameters};
@@ -251,8 +333,9 @@ void backward(const BackwardArguments& arguments, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   BackwardArguments a = arguments;
   const Problem& problem = a.problem;
-  if (a.workspace_bytes < kStatisticsBytes * problem.batch * query_rows_per_item(problem))
-    refuse("the workspace is too small");
+  if (a.workspace_bytes < statistics_bytes(problem)) refuse("the workspace is too small");
+  const bool accumulates =
+      !(problem.flags & kDeterministic) && a.workspace_bytes >= statistics_bytes(problem) + accumulator_bytes(problem);
   if (!has_aligned_rows(a.out, problem.head_dim_v, 2)) refuse("rows of out are not aligned to 16 bytes");
   if (problem.rank == 2) exchange_x_and_y(&a);
   FoldedTensors folded{};
@@ -261,8 +344,14 @@ void backward(const BackwardArguments& arguments, void* stream_) {
   check_cuda(cudaGetDevice(&device), kName);
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
   launch_statistics(a, stream);
-  launch_gradient(problem, Side::keys, folded, multiprocessors, stream);
-  launch_gradient(problem, Side::queries, folded, multiprocessors, stream);
+  if (accumulates) {
+    check_cuda(cudaMemsetAsync(sums_of(a), 0, accumulator_bytes(problem), stream), kName);
+    launch_gradient(problem, Pass::all, folded, multiprocessors, stream);
+    launch_conversion(a, stream);
+  } else {
+    launch_gradient(problem, Pass::keys, folded, multiprocessors, stream);
+    launch_gradient(problem, Pass::queries, folded, multiprocessors, stream);
+  }
 }
 
 }  // namespace natten::fused_sm90

@@ -1,7 +1,7 @@
 #include "kernels/fused_sm90/backward_kernel.h"
 
 namespace natten::fused_sm90 {
-GradientKernelInfo float16_gradient_kernel(int head_dim, Side owned) {
-  return gradient_kernel_of<__half>(head_dim, owned);
+GradientKernelInfo float16_gradient_kernel(int head_dim, Pass pass) {
+  return gradient_kernel_of<__half>(head_dim, pass);
 }
 }  // namespace natten::fused_sm90

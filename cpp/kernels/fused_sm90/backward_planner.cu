@@ -78,8 +78,9 @@ double cost(const AxisSteps (&axis)[kAxes], double copies, int warpgroups, int m
 
 bool fits(int extent, int length) { return extent == 1 || extent < 2 * length; }
 
-GradientSchedule search(const Problem& problem, Side owned, int head_dim_class, int multiprocessors) {
-  const GradientShape shape = gradient_shape(head_dim_class, owned);
+GradientSchedule search(const Problem& problem, Pass pass, int head_dim_class, int multiprocessors) {
+  const GradientShape shape = gradient_shape(head_dim_class, pass);
+  const Side owned = owned_side(pass);
   const bool owns_keys = owned == Side::keys;
   // The group of the first row along each axis, which has most rows, stands for all.
   Group group[kAxes];
@@ -123,12 +124,12 @@ GradientSchedule search(const Problem& problem, Side owned, int head_dim_class, 
 struct Geometry {
   Axis axis[kAxes];
   int64_t batch;
-  int heads, heads_kv, head_dim_class, multiprocessors, owned;
+  int heads, heads_kv, head_dim_class, multiprocessors, pass;
 };
 
 }  // namespace
 
-GradientSchedule choose_gradient_schedule(const Problem& problem, Side owned, int head_dim_class, int multiprocessors) {
+GradientSchedule choose_gradient_schedule(const Problem& problem, Pass pass, int head_dim_class, int multiprocessors) {
   constexpr size_t kRemembered = 64;
   static std::mutex mutex;
   static std::deque<std::pair<Geometry, GradientSchedule>> remembered;
@@ -140,12 +141,12 @@ GradientSchedule choose_gradient_schedule(const Problem& problem, Side owned, in
   geometry.heads_kv = problem.heads_kv;
   geometry.head_dim_class = head_dim_class;
   geometry.multiprocessors = multiprocessors;
-  geometry.owned = static_cast<int>(owned);
+  geometry.pass = static_cast<int>(pass);
   const std::lock_guard<std::mutex> lock(mutex);
   for (const auto& [known, schedule] : remembered) {
     if (std::memcmp(&known, &geometry, sizeof(geometry)) == 0) return schedule;
   }
-  const GradientSchedule schedule = search(problem, owned, head_dim_class, multiprocessors);
+  const GradientSchedule schedule = search(problem, pass, head_dim_class, multiprocessors);
   remembered.emplace_front(geometry, schedule);
   if (remembered.size() > kRemembered) remembered.pop_back();
   return schedule;

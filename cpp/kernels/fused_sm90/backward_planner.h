@@ -14,6 +14,6 @@ struct GradientSchedule {
 };
 
 // The cheapest schedule. Remembers what it found for the last problems.
-GradientSchedule choose_gradient_schedule(const Problem& problem, Side owned, int head_dim_class, int multiprocessors);
+GradientSchedule choose_gradient_schedule(const Problem& problem, Pass pass, int head_dim_class, int multiprocessors);
 
 }  // namespace natten::fused_sm90

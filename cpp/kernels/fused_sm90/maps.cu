@@ -77,7 +77,8 @@ void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, con
   const cuuint32_t box_size[5] = {static_cast<cuuint32_t>(chunk_channels), 1, static_cast<cuuint32_t>(box[2]),
                                   static_cast<cuuint32_t>(box[1]), static_cast<cuuint32_t>(box[0])};
   const cuuint32_t element_stride[5] = {1, 1, 1, 1, 1};
-  const bool wide = chunk_channels == 64;
+  const bool single = type == ScalarType::float32;
+  const int row_bytes = chunk_channels * (single ? 4 : 2);
   for (int shape = 0; shape < kGroupShapes; ++shape) {
     cuuint64_t length[kAxes];
     bool exists = true;
@@ -89,12 +90,17 @@ void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, con
     if (!exists) continue;
     const cuuint64_t size[5] = {static_cast<cuuint64_t>(tensor.channels), static_cast<cuuint64_t>(tensor.fold_size),
                                 length[2], length[1], length[0]};
-    const CUresult result = encode_tiled(
-        &maps[shape], type == ScalarType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        5, tensor.base, size, stride_bytes, box_size, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-        wide ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode_tiled(&maps[shape],
+                     single                        ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                     : type == ScalarType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                     5, tensor.base, size, stride_bytes, box_size, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                     : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                       : CU_TENSOR_MAP_SWIZZLE_NONE,
+                     row_bytes == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
       throw std::runtime_error("natten: cuTensorMapEncodeTiled failed with " +
                                std::to_string(static_cast<int>(result)));

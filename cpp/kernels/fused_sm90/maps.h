@@ -34,6 +34,8 @@ const char* fold(const TensorView& tensor, int64_t batch, int heads, int channel
                  const int (&dilation)[kAxes], FoldedTensor* folded);
 
 // Fills the maps that the tensor's groups need: maps[i] for groups that are shorter along the axes in bit mask i.
+// Rows of a box (`chunk_channels` elements of `type`) are swizzled if they are 128 or 64 bytes long. A tensor of floats
+// is folded with strides in units of 2 bytes, like the others.
 // Throws std::runtime_error if the driver refuses.
 void encode(const FoldedTensor& tensor, ScalarType type, int chunk_channels, const int (&box)[kAxes],
             CUtensorMap (&maps)[kGroupShapes]);

@@ -131,9 +131,11 @@ _SM90: Mapping[int, tuple[Tile, ...]] = {
     head_dim: tuple(Tile(64, 64, keys) for keys in steps)
     for head_dim, steps in {32: (128, 64), 64: (128, 64), 96: (128, 64), 128: (128, 64), 192: (64,), 256: (64,)}.items()
 }
-# Its backward pass, cpp/kernels/fused_sm90/backward_config.h: 64 owned rows a warpgroup, boxes of 64 tokens.
+# Its backward pass, cpp/kernels/fused_sm90/backward_config.h: 64 owned rows a warpgroup. Boxes, by head dim, where
+# one kernel adds to the query gradients in memory; in the deterministic form 64 tokens.
+_SM90_ACCUMULATING: Mapping[int, tuple[Tile, ...]] = {64: (Tile(64, 64, 128),), 128: (Tile(64, 64, 64),)}
 _SM90_GRADIENTS = (Tile(64, 64, 64),)
-_SM90_GRADIENT_CLASSES = (64, 128)
+_SM90_GRADIENT_CLASSES = tuple(_SM90_ACCUMULATING)
 _GEMM = (Tile(64, 64, 64),)  # cpp/kernels/gemm/plan.h
 _HEAD_DIM_CLASSES = tuple(_SM90)
 
@@ -158,9 +160,11 @@ def steps(kernel: Kernel, problem: Problem, pass_: Pass) -> tuple[Step, ...]:
             return (Step("forward", "queries", (1, 1), _SM90[head_dim], masked_charge=0.1, head_dim=head_dim),)
         if max(problem.head_dim, problem.head_dim_v) > _SM90_GRADIENT_CLASSES[-1]:
             return ()
-        step = partial(
-            Step, tiles=_SM90_GRADIENTS, masked_charge=0.1, head_dim=padded_head_dim(problem, _SM90_GRADIENT_CLASSES)
-        )
+        head_dim = padded_head_dim(problem, _SM90_GRADIENT_CLASSES)
+        step = partial(Step, masked_charge=0.1, head_dim=head_dim)
+        if _cost.accumulating_is_allowed(problem):
+            return (step("accumulating", "keys", (3, 2), _SM90_ACCUMULATING[head_dim]),)
+        step = partial(step, tiles=_SM90_GRADIENTS)
         return step("query gradient", "queries", (2, 1)), step("key gradient", "keys", (2, 2))
     if kernel is Kernel.fused_sm80:
         float32 = problem.dtype == torch.float32
