@@ -28,6 +28,11 @@ __device__ __forceinline__ void cp_async_8(uint32_t destination, const void* sou
                : "memory");
 }
 
+// The same for 4 bytes, always read.
+__device__ __forceinline__ void cp_async_4(uint32_t destination, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(destination), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until at most kPending of the groups that this thread committed are still under way.

@@ -3,9 +3,49 @@
 // are gathered into a dense, zero-filled matrix in shared memory; every weight is read by one block only.
 #pragma once
 
-#include "kernels/gemm/av.h"
+#include "kernels/gemm/boxes.h"
+#include "kernels/launch.h"
 
 namespace natten::gemm {
+
+template <class P, int kChannels>
+constexpr int kSlices = kChannels * int(sizeof(typename P::Element)) > kSliceBytes
+                            ? kChannels * int(sizeof(typename P::Element)) / kSliceBytes
+                            : 1;
+
+// Writes a tile's sums: row r of `offset` is the element offset of a token of `out`, -1 where there is none.
+template <class P, int kChannels>
+__device__ __forceinline__ void store_rows(const float (&sums)[kChannels / 8][4], typename P::Element* out,
+                                           const int64_t (&offset)[2], int channels, float scale) {
+  using T = typename P::Element;
+  const int quad = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (offset[r] < 0) continue;
+#pragma unroll
+    for (int n = 0; n < kChannels / 8; ++n) {
+      if (n * 8 >= channels) break;
+      struct alignas(2 * sizeof(T)) Pair {
+        T first, second;
+      };
+      *reinterpret_cast<Pair*>(out + offset[r] + n * 8 + 2 * quad) = {narrow<T>(sums[n][2 * r] * scale),
+                                                                      narrow<T>(sums[n][2 * r + 1] * scale)};
+    }
+  }
+}
+
+// d += a b, with a chain of its own.
+template <class P, int kFirst, int kSecond>
+__device__ __forceinline__ void add_product(float (&d)[4], const Operand<P>& a, const Operand<P>& b) {
+  if constexpr (P::kSplit) {
+    float chain[4] = {};
+    multiply<P, kFirst, kSecond>(chain, a, b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += chain[i];
+  } else {
+    multiply<P, kFirst, kSecond>(d, a, b);
+  }
+}
 
 struct KeyTile {
   TokenTile tile;
@@ -182,8 +222,9 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 32 && !P::kSplit ? 4
       for (int n = 0; n < kChannels / 16; ++n) {
         uint32_t b[4];
         load_rows<P>(b, inputs, kDepth<P> * k, 16 * n, lane);
-        multiply<P>(sums[2 * n], a, b[0], b[1]);
-        multiply<P>(sums[2 * n + 1], a, b[2], b[3]);
+        const Operand<P> operand = make_operand<P>(b);
+        add_product<P, 0, 1>(sums[2 * n], a, operand);
+        add_product<P, 2, 3>(sums[2 * n + 1], a, operand);
       }
     }
   }

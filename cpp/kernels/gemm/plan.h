@@ -1,4 +1,4 @@
-// Shapes of the tiles and boxes of the GEMM kernels, chosen per problem on the host.
+// Shapes of the tiles and boxes of inverse_av, chosen per problem on the host, and what all GEMM kernels share.
 #pragma once
 
 #include <cstdint>
@@ -11,26 +11,23 @@
 namespace natten::gemm {
 
 constexpr int kThreads = 128;
-constexpr int kTokens = 64;  // rows of a tile, and at most as many tokens in a box
-constexpr int kRun = 8;      // the innermost extent of a box of keys is a multiple: columns of one mma
+constexpr int kTokens = 64;  // of a tile, and at most as many of a box
 
 // Shared memory holds tokens as slices: 128 bytes of channels of each of 64 tokens.
 constexpr int kSliceBytes = 128;
 constexpr int kTileBytes = kTokens * kSliceBytes;
 
-// Every sm_80 and later part grants 99 KB to a block; at 72 KB three blocks fit a multiprocessor of sm_90.
+// Every sm_80 and later part grants 99 KB to a block; four blocks of 56 KB, or three of 74 KB, fit a multiprocessor of
+// sm_90.
 constexpr int kMostSharedBytes = 99 * 1024;
-constexpr int kGoodSharedBytes = 72 * 1024;
+constexpr int kGoodSharedBytes = 74 * 1024;
+constexpr int kFourBlocksBytes = 56 * 1024;
 
 struct Plan {
   TileGrid grid;
   int first_axis;  // axes before it have extent 1: no mask depends on them
   int box_log2[kAxes];
-  // Of each query's attention weights, qk and av hold one contiguous stretch ("slab") in shared memory at a time: those
-  // of one box extent along `slab_axis` and of the whole window along later axes; of everything if slab_axis is -1.
-  int slab_axis;
-  int slab_pitch_bytes;  // of a query's row; 16 bytes more than its weights need, for their alignment
-  int channel_blocks;    // thread blocks that share out the channels of one tile
+  int channel_blocks;  // thread blocks that share out the channels of one tile
 
   NATTEN_HOST_DEVICE int box(int axis) const { return 1 << box_log2[axis]; }
   NATTEN_HOST_DEVICE int box_tokens() const { return 1 << (box_log2[0] + box_log2[1] + box_log2[2]); }
@@ -90,62 +87,10 @@ inline bool read_shapes(const Problem& problem, Shapes& shapes) {
   return true;
 }
 
-// The outermost slab axis (most weights held at once, longest stretches) for which the slab fits, if any does.
-inline bool plan_slab(const UnfusedArguments& args, const Shapes& shapes, int element_bytes, int bytes, Plan& plan) {
-  int64_t inner = int64_t(args.slots[0]) * args.slots[1] * args.slots[2];
-  for (int axis = -1; axis < kAxes; ++axis) {
-    int64_t slots = inner;
-    if (axis >= 0) {
-      if (axis > 0 && shapes.box_log2[axis - 1] > 0) return false;  // a slab would not be one stretch
-      inner /= args.slots[axis];
-      slots = inner << shapes.box_log2[axis];
-    }
-    const int64_t pitch = (slots * element_bytes + 15) / 16 * 16 + 16;
-    if (pitch * kTokens > bytes) continue;
-    plan.slab_axis = axis;
-    plan.slab_pitch_bytes = int(pitch);
-    return true;
-  }
-  return false;
-}
-
 inline void set_shapes(Plan& plan, const Problem& problem, Side side, const Shapes& shapes) {
   plan.grid = make_tile_grid(problem, side, shapes.tile_log2);
   plan.first_axis = kAxes - problem.rank;
   for (int a = 0; a < kAxes; ++a) plan.box_log2[a] = shapes.box_log2[a];
-}
-
-// qk and av: tiles of queries, boxes of keys. `resident_bytes` is what the kernel keeps in shared memory beside a slab.
-inline Plan plan_query_tiles(const UnfusedArguments& args, int element_bytes, int resident_bytes) {
-  Plan plan{};
-  plan.channel_blocks = 1;
-  Shapes given;
-  if (read_shapes(args.problem, given)) {
-    if (given.box_log2[2] < 3) throw std::invalid_argument("gemm: the innermost extent of a box is a multiple of 8");
-    if (!plan_slab(args, given, element_bytes, kMostSharedBytes - resident_bytes, plan)) {
-      throw std::invalid_argument("gemm: the plan's box does not fit shared memory");
-    }
-    set_shapes(plan, args.problem, Side::queries, given);
-    return plan;
-  }
-  // Boxes are halved only where shared memory is short.
-  for (int box_tokens_log2 = 6; box_tokens_log2 >= 3; --box_tokens_log2) {
-    for (const int bytes : {kGoodSharedBytes, kMostSharedBytes}) {
-      double best = -1;
-      for_shapes(args.problem, box_tokens_log2, 3, [&](const Shapes& shapes, double boxes) {
-        Plan candidate = plan;
-        if (!plan_slab(args, shapes, element_bytes, bytes - resident_bytes, candidate)) return;
-        // Short stretches of weights waste memory transactions: charge them as one part in (stretch / 32 bytes).
-        const double cost = boxes * (1 + 32.0 / candidate.slab_pitch_bytes);
-        if (best >= 0 && cost >= best * 0.999) return;
-        best = cost;
-        set_shapes(candidate, args.problem, Side::queries, shapes);
-        plan = candidate;
-      });
-      if (best >= 0) return plan;
-    }
-  }
-  throw std::invalid_argument("gemm: the problem does not fit shared memory");
 }
 
 // inverse_av: tiles of keys, boxes of queries. Windows and inverse windows are as long on average, so the simulation of

@@ -1,213 +1,233 @@
-// attention[i, w] = scale * query[i] . key[begin(i) + w] + bias: dense products of 64 queries with boxes of 64 keys,
-// whose useful scores are scattered into window slots in shared memory and leave as long stretches.
+// attention[i, w] = scale * query[i] . key[begin(i) + w] + bias: a warp multiplies its patch of 16 queries with the
+// keys of their windows, packed, into a dense matrix in shared memory; window slots are copied from there.
 #pragma once
 
-#include "kernels/gemm/boxes.h"
+#include "kernels/gemm/patches.h"
 #include "kernels/launch.h"
 
 namespace natten::gemm {
 
-constexpr int kKeyStages = 2;
+// Positional bias of the pairs of a patch's queries and keys.
+template <class T>
+struct Bias {
+  const T* table;  // of the head, at the entry of relative position 0
+  int strides[kAxes];
+  int least, most;  // entries that exist, from `table`
 
-template <class P>
-__global__ void __launch_bounds__(kThreads, 5)
-    qk_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ Plan plan) {
+  __device__ __forceinline__ Bias(const UnfusedArguments& args, int head) : table(static_cast<const T*>(args.rpb)) {
+    strides[2] = 1;
+    strides[1] = 2 * args.slots[2] - 1;
+    strides[0] = strides[1] * (2 * args.slots[1] - 1);
+    const int entries = strides[0] * (2 * args.slots[0] - 1);
+    least = 0;
+    for (int a = 0; a < kAxes; ++a) least -= (args.slots[a] - 1) * strides[a];
+    most = entries - 1 + least;
+    table += int64_t(head) * entries - least;
+  }
+  __device__ __forceinline__ int offset(const int (&position)[kAxes]) const {
+    return position[0] * strides[0] + position[1] * strides[1] + position[2] * strides[2];
+  }
+  // Of a key from a query; pairs outside windows read some entry.
+  __device__ __forceinline__ float operator()(int key_offset, int query_offset) const {
+    return widen(table[min_int(max_int(key_offset - query_offset, least), most)]);
+  }
+};
+
+template <class P, int kRowBytes>
+__global__ void __launch_bounds__(kThreads, 4)
+    qk_kernel(const __grid_constant__ UnfusedArguments args, const __grid_constant__ PatchPlan plan) {
   using T = typename P::Element;
+  using Rows = tile::SharedTile<kRowBytes / 2>;
   extern __shared__ __align__(128) char shared_bytes[];
-  __shared__ QueryTile queries;
+  __shared__ PatchTile shared;
   const Problem& problem = args.problem;
-  if (!make_query_tile(queries, args, plan, args.c, args.b, sizeof(T), blockIdx.x)) return;
-  const TokenTile& tile = queries.tile;
-  const int chunks = problem.head_dim * int(sizeof(T)) / 16;
-  const int slices = (chunks + 7) / 8;
-  char* query_slices = shared_bytes;
-  char* key_stages = query_slices + slices * kTileBytes;
-  char* slab = key_stages + kKeyStages * kTileBytes;
-  T* attention = static_cast<T*>(args.c.data);
-
-  // Weights that no key claims are -inf.
-  const T empty = narrow<T>(-INFINITY);
-  uint4 empty_chunk;
-#pragma unroll
-  for (int i = 0; i < 16 / int(sizeof(T)); ++i) reinterpret_cast<T*>(&empty_chunk)[i] = empty;
-  for (int at = threadIdx.x * 16; at < kTokens * plan.slab_pitch_bytes; at += kThreads * 16) {
-    *reinterpret_cast<uint4*>(slab + at) = empty_chunk;
-  }
-
-  // Queries. A tile is a box too, of its own shape: each row finds its own address.
-  {
-    const char* source = static_cast<const char*>(args.a.data);
-    const int chunk = threadIdx.x % 8;
-    for (int row = threadIdx.x / 8; row < kTokens; row += kThreads / 8) {
-      const bool exists = queries.attention[row] >= 0;
-      const int position[kAxes] = {queries.position[0][row], queries.position[1][row], queries.position[2][row]};
-      const int64_t offset = tile.batch * args.a.batch_stride + tile.head * args.a.head_stride +
-                             token_offset(tile, problem, args.a, Side::queries, position);
-      for (int c = chunk; c < (chunks + 1) / 2 * 2; c += 8) {
-        ptx::cp_async_16(ptx::shared_address(query_slices + c / 8 * kTileBytes) + Slice::offset(row, c % 8),
-                         source + offset * int64_t(sizeof(T)) + c * 16, exists && c < chunks);
-      }
-    }
-  }
-
-  // Keys arrive in stages: one slice of one box each.
-  const char* key =
-      static_cast<const char*>(args.b.data) +
-      (tile.batch * args.b.batch_stride + tile.head / (problem.heads / problem.heads_kv) * args.b.head_stride) *
-          int64_t(sizeof(T));
-  Walk load, walk;
-  load.start(queries.walked);
-  walk.start(queries.walked);
-  bool loading = true;
-  int load_slice_index = 0, load_stage = 0;
-  const auto load_next = [&] {
-    if (loading) {
-      load_box<1>(key_stages + load_stage * kTileBytes, key + queries.keys.offset_bytes(load.origin, load.begin),
-                  queries.keys, queries.box, plan, load.origin, queries.needed, load_slice_index * 8, chunks);
-      load_stage = load_stage + 1 == kKeyStages ? 0 : load_stage + 1;
-      if (++load_slice_index == slices) {
-        int turned;
-        load_slice_index = 0;
-        loading = load.next(plan, turned);
-      }
-    }
-    ptx::cp_async_commit();
-  };
-  for (int i = 0; i < kKeyStages - 1; ++i) load_next();
-
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-  const int rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-  const int slots[kAxes] = {args.slots[0], args.slots[1], args.slots[2]};
-  const SlabLayout layout(slots, plan.slab_axis);
-  const unsigned row_offset[2] = {layout.query_offset(queries, rows[0]), layout.query_offset(queries, rows[1])};
-  const float scale = float(problem.scale);
-  const T* bias = static_cast<const T*>(args.rpb);
-  const int bias_strides[kAxes] = {(2 * slots[1] - 1) * (2 * slots[2] - 1), 2 * slots[2] - 1, 1};
-  if (bias != nullptr) {
-    bias += int64_t(tile.head) * (2 * slots[0] - 1) * bias_strides[0];
-    for (int a = 0; a < kAxes; ++a) bias += (slots[a] - 1) * bias_strides[a];  // entry of the query's own position
-  }
-  const float score_scale = bias != nullptr ? 1.0f : scale;  // the scores are scaled before the bias is added
-  int bias_row[2] = {0, 0};
-  for (int a = 0; a < kAxes; ++a) {
-    for (int r = 0; r < 2; ++r) bias_row[r] += queries.position[a][rows[r]] * bias_strides[a];
-  }
+  const int chunks = problem.head_dim * int(sizeof(T)) / 16;
+  const int slices = ceil_div(chunks, Rows::kChunks);
+  const int slice_bytes = plan.slab_rows * kRowBytes;
+  const int weight_bytes = kPatch * plan.row_words * 4;
+  char* queries = shared_bytes + warp * slices * kPatch * kRowBytes;
+  char* stages = shared_bytes + kWarps * slices * kPatch * kRowBytes;
+  char* weights = stages + kStages * slices * slice_bytes + warp * weight_bytes;
+  const PatchTables tables(stages + kStages * slices * slice_bytes + kWarps * weight_bytes, plan);
+  const unsigned tile_index = blockIdx.x % plan.tiles;
+  if (!make_patch_tile(shared, tables, args, plan, args.b, sizeof(T), tile_index)) return;
+  const TokenTile& tile = shared.tile;
+  const int first_item = blockIdx.x / plan.tiles * plan.items_per_block;
+  const int last_item = min_int(first_item + plan.items_per_block, plan.items);
 
-  int parity = 0, stage = 0, turned = -1;
-  T* targets[2];
-  for (bool more = true; more; parity ^= 1) {
-    if (turned <= plan.slab_axis) {  // a new slab
+  const SlabLoader<kRowBytes> loader(shared, problem, args.b, static_cast<const char*>(args.b.data), sizeof(T), chunks);
+  const auto load_slab = [&](const Step& step, int stage) {
+    loader.load(ptx::shared_address(stages) + stage * slices * slice_bytes, plan, shared, tables, step.origin,
+                item_offset(plan, args.b, step.item, Side::keys) * int64_t(sizeof(T)));
+  };
+  Step step(shared.slots, first_item);
+  load_slab(step, 0);
+
+  const int slots[kAxes] = {args.slots[0], args.slots[1], args.slots[2]};
+  const Patch patch(tile, plan, slots);
+  const int64_t query = token_offset(tile, problem, args.a, Side::queries, patch.position);
+  const auto load_queries = [&](int item) {
+    const int chunk = lane % Rows::kChunks;
+    const char* data = static_cast<const char*>(args.a.data) + chunk * 16;
+    const int64_t own = (item_offset(plan, args.a, item, Side::queries) + query) * int64_t(sizeof(T));
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const Stretch stretch = find_stretch(queries, layout, plan, slots, walk.origin, rows[r]);
-        targets[r] = reinterpret_cast<T*>(slab + rows[r] * plan.slab_pitch_bytes +
-                                          shift_bytes(attention, queries, stretch, rows[r]));
+    for (int first = 0; first < kPatch; first += 32 / Rows::kChunks) {
+      const int row = first + lane / Rows::kChunks;
+      const char* source = data + __shfl_sync(~0u, own, row);
+      uint32_t target = ptx::shared_address(queries) + Rows::offset(row, chunk);
+#pragma unroll 1
+      for (int s = 0; s < slices; ++s) {
+        ptx::cp_async_16(target, source, s * Rows::kChunks + chunk < chunks);
+        source += kRowBytes;
+        target += kPatch * kRowBytes;
       }
     }
-    queries.find_attended(plan, walk.origin, parity);
+  };
+  load_queries(first_item);
+  T* attention = static_cast<T*>(args.c.data) + token_offset(tile, problem, args.c, Side::queries, patch.position);
+  const ColumnBits inner = find_inner_columns(plan, patch, slots);
+  const int own_shift = slot_shift(plan, patch, slots) * int(sizeof(T));
+  const float scale = float(problem.scale);
+  const T minus_infinity = narrow<T>(-INFINITY);
 
-    float scores[kTokens / 8][4] = {};
-    Mask attended[2] = {}, warp_attended = {};
-    for (int s = 0; s < slices; ++s) {
-      ptx::cp_async_wait<kKeyStages - 2>();
-      __syncthreads();
-      load_next();
-      if (s == 0) {
-        attended[0] = queries.attended[parity][rows[0]];
-        attended[1] = queries.attended[parity][rows[1]];
+  for (int stage = 0; step.item < last_item; stage ^= 1) {
+    const PatchKeys keys(plan, patch, step.origin);
+    const int item = step.item;
+    const bool last_slab = !step.next_slab(plan, shared.slots);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    const uint32_t slab = ptx::shared_address(stages) + stage * slices * slice_bytes;
+    if (step.item < last_item) load_slab(step, stage ^ 1);
+    if (!patch.any) continue;
+    const OwnStretch stretch =
+        find_stretch(shared, 0, plan, patch, keys, slots, attention + item_offset(plan, args.c, item, Side::queries));
+    const int own_target = (lane % kPatch) * plan.row_words * 4 + stretch.alignment + own_shift;
+    char* const target[2] = {weights + __shfl_sync(~0u, own_target, lane / 4),
+                             weights + __shfl_sync(~0u, own_target, lane / 4 + 8)};
+
+    // Scores of all queries of the patch with 16 kGroups keys.
+    const auto multiply_keys = [&](auto groups, int first) {
+      constexpr int kGroups = decltype(groups)::value;
+      uint32_t address[kGroups];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          warp_attended.half[h] = __reduce_or_sync(~0u, attended[0].half[h] | attended[1].half[h]);
-        }
+      for (int n = 0; n < kGroups; ++n) {
+        const int i = first + 16 * n + lane % 8 + lane / 16 * 8;
+        address[n] = slab + Rows::offset(keys.row(plan, tables, i), lane / 8 % 2);
       }
-      if ((warp_attended.half[0] | warp_attended.half[1]) != 0) {
-        const uint32_t query_base = ptx::shared_address(query_slices + s * kTileBytes);
-        const uint32_t key_base = ptx::shared_address(key_stages + stage * kTileBytes);
+      float scores[2 * kGroups][4] = {};
+#pragma unroll 1
+      for (int s = 0; s < slices; ++s) {
+        float chain[P::kSplit ? 2 * kGroups : 1][4] = {};  // see multiply
+        const uint32_t query_slice = ptx::shared_address(queries) + s * kPatch * kRowBytes;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          if (2 * k >= chunks - s * 8) break;
+        for (int k = 0; k < kRowBytes / 32; ++k) {
           uint32_t raw[4];
-          Slice::load_a(raw, query_base, warp * 16, k, lane);
+          Rows::load_a(raw, query_slice, 0, k, lane);
           const Operand<P> a = make_operand<P>(raw);
 #pragma unroll
-          for (int n = 0; n < kTokens / 16; ++n) {
-            if ((warp_attended.half[n / 2] >> n % 2 * 16 & 0xffff) == 0) continue;
-            uint32_t b[4];
-            Slice::load_b(b, key_base, n * 16, k, lane);
-            multiply<P>(scores[2 * n], a, b[0], b[1]);
-            multiply<P>(scores[2 * n + 1], a, b[2], b[3]);
+          for (int n = 0; n < kGroups; ++n) {
+            ptx::ldmatrix_x4(raw, (address[n] ^ (k << 5)) + s * slice_bytes);
+            const Operand<P> b = make_operand<P>(raw);
+            float (&even)[4] = P::kSplit ? chain[P::kSplit ? 2 * n : 0] : scores[2 * n];
+            float (&odd)[4] = P::kSplit ? chain[P::kSplit ? 2 * n + 1 : 0] : scores[2 * n + 1];
+            multiply<P, 0, 1>(even, a, b);
+            multiply<P, 2, 3>(odd, a, b);
+          }
+        }
+        if constexpr (P::kSplit) {
+#pragma unroll
+          for (int n = 0; n < 2 * kGroups; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[n][i] += chain[n][i];
           }
         }
       }
-      stage = stage + 1 == kKeyStages ? 0 : stage + 1;
-    }
-
-    if ((warp_attended.half[0] | warp_attended.half[1]) != 0) {
-      if (bias != nullptr) {
+      if (args.rpb != nullptr) {
+        uint32_t batch = item;
+        const Bias<T> bias(args, plan.by_heads.peel(batch));
+        const int own = bias.offset(patch.position);
+        const int query_offset[2] = {__shfl_sync(~0u, own, lane / 4), __shfl_sync(~0u, own, lane / 4 + 8)};
 #pragma unroll
-        for (int j = 0; j < kTokens / kRun; ++j) {
-          int relative = 2 * quad;
+        for (int n = 0; n < 2 * kGroups; ++n) {
 #pragma unroll
-          for (int a = 0; a < kAxes; ++a) {
-            relative += (walk.origin[a] + box_coordinate(plan, j * kRun, a)) * bias_strides[a];
-          }
+          for (int e = 0; e < 2; ++e) {
+            uint32_t rest = first + 8 * n + 2 * quad + e;
+            const int z = keys.low[2] + plan.by_keys[2].peel(rest), y = keys.low[1] + plan.by_keys[1].peel(rest);
+            const int key_offset = bias.offset({keys.low[0] + int(rest), y, z});
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (attended[i / 2].half[j / 4] >> (j % 4 * kRun + 2 * quad + i % 2) & 1) {
-              scores[j][i] = scores[j][i] * scale + widen(bias[relative + i % 2 - bias_row[i / 2]]);
+            for (int r = 0; r < 2; ++r) {
+              scores[n][2 * r + e] = scores[n][2 * r + e] * scale + bias(key_offset, query_offset[r]);
             }
           }
         }
       }
-      const unsigned box_offset = layout.box_offset(walk.origin);
+      const float remaining_scale = args.rpb != nullptr ? 1.0f : scale;  // scores are scaled before the bias is added
+      const ColumnBits columns{{inner.of[0] >> first / 8, inner.of[1] >> first / 8}};
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        T* target = targets[r] + int(box_offset - row_offset[r]) + 2 * quad;
-        const uint32_t own[2] = {attended[r].half[0] >> 2 * quad, attended[r].half[1] >> 2 * quad};
+      for (int n = 0; n < 2 * kGroups; ++n) {
+        const int slot = tables.key_slot[first + 8 * n + 2 * quad];
 #pragma unroll
-        for (int j = 0; j < kTokens / kRun; ++j) {
-          if ((warp_attended.half[j / 4] >> j % 4 * kRun & 0xff) == 0) continue;
-          T* run = target + queries.run_slot[j];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (own[j / 4] >> (j % 4 * kRun + e) & 1) run[e] = narrow<T>(scores[j][2 * r + e] * score_scale);
-          }
+        for (int r = 0; r < 2; ++r) {
+          const float low = scores[n][2 * r] * remaining_scale, high = scores[n][2 * r + 1] * remaining_scale;
+          T* place = reinterpret_cast<T*>(target[r] + slot);
+          if (columns.keeps(n, r, 0)) place[0] = narrow<T>(low);
+          if (columns.keeps(n, r, 1)) place[1] = narrow<T>(high);
         }
       }
+    };
+    for (int first = 0; keys.needed && first < keys.count;) {
+      constexpr int kMost = P::kSplit ? 2 : 4;
+      const int left = keys.count - first;
+      if (left > 16 * (kMost - 1)) {
+        multiply_keys(std::integral_constant<int, kMost>(), first);
+        first += 16 * kMost;
+      } else if (kMost > 2 && left > 16) {
+        multiply_keys(std::integral_constant<int, 2>(), first);
+        first += 32;
+      } else {
+        multiply_keys(std::integral_constant<int, 1>(), first);
+        first += 16;
+      }
     }
-
-    int origin[kAxes] = {walk.origin[0], walk.origin[1], walk.origin[2]};
-    more = walk.next(plan, turned);
-    if (!more || turned <= plan.slab_axis) {
-      __syncthreads();
-      for_slab(
-          slab, attention, queries, layout, plan, slots, origin,
-          [&](char* shared, char* global) {
-            *reinterpret_cast<uint4*>(global) = *reinterpret_cast<const uint4*>(shared);
-            *reinterpret_cast<uint4*>(shared) = empty_chunk;
-          },
-          [&](char* shared, char* global) {
-            *reinterpret_cast<T*>(global) = *reinterpret_cast<const T*>(shared);
-            *reinterpret_cast<T*>(shared) = empty;
-          });
-      __syncthreads();
+    if (last_slab && step.item < last_item) {
+      __syncwarp();
+      load_queries(step.item);
     }
+    if (keys.count == 0) continue;
+    __syncwarp();
+    if (!patch.whole) erase_empty_slots(weights, shared, 0, plan, minus_infinity);
+    for_words<false, kIs16Bit<P>>(
+        weights, shared, 0, plan,
+        [](const char* from, char* to) { *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from); },
+        [](const char* from, char* to) {
+          *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+        });
+    __syncwarp();
   }
-  ptx::cp_async_wait<0>();
+}
+
+template <class P, int kRowBytes>
+void launch_qk(const UnfusedArguments& args, cudaStream_t stream) {
+  using T = typename P::Element;
+  const int slices = ceil_div(args.problem.head_dim * int(sizeof(T)), kRowBytes);
+  const int queries = kWarps * kPatch * slices * kRowBytes;
+  const PatchPlan plan = plan_patches(args, sizeof(T), slices * kRowBytes, 1, queries + int(sizeof(PatchTile)), 1);
+  const int bytes = queries + int(patch_bytes(plan, slices * kRowBytes, 1));
+  allow_shared_memory(qk_kernel<P, kRowBytes>, bytes, "gemm qk");
+  const unsigned blocks = grid_size(block_count(plan), "gemm qk");
+  qk_kernel<P, kRowBytes><<<blocks, kThreads, bytes, stream>>>(args, plan);
+  check_launch("gemm qk");
 }
 
 template <class P>
 void qk(const UnfusedArguments& args, cudaStream_t stream) {
-  using T = typename P::Element;
-  const Problem& problem = args.problem;
-  const int slices = ceil_div(problem.head_dim * int(sizeof(T)), kSliceBytes);
-  const int resident = (slices + kKeyStages) * kTileBytes;
-  const Plan plan = plan_query_tiles(args, sizeof(T), resident + int(sizeof(QueryTile)));
-  const int bytes = resident + kTokens * plan.slab_pitch_bytes;
-  allow_shared_memory(qk_kernel<P>, bytes, "gemm qk");
-  const unsigned blocks = grid_size(tile_count(problem, plan.grid), "gemm qk");
-  qk_kernel<P><<<blocks, kThreads, bytes, stream>>>(args, plan);
-  check_launch("gemm qk");
+  // Rows of 16-bit elements may be short.
+  if constexpr (kIs16Bit<P>) {
+    if (args.problem.head_dim <= 32) return launch_qk<P, 64>(args, stream);
+  }
+  launch_qk<P, 128>(args, stream);
 }
 
 }  // namespace natten::gemm
