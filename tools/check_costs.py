@@ -182,6 +182,13 @@ class Row:
         composite = dispatch.FAMILIES[kernel].composite
         return _cost.milliseconds(kernel, self.problem, self.operation, CAPABILITY, composite)
 
+    def of_form(self, kernel: Kernel, form: str) -> float:
+        composite = dispatch.FAMILIES[kernel].composite
+        return _cost._milliseconds(_cost._FORMS[form], kernel, self.problem, self.operation, CAPABILITY, composite)
+
+    def taken_form(self, kernel: Kernel) -> str:
+        return min(_cost._forms(kernel, self.problem, self.operation), key=lambda form: self.of_form(kernel, form))
+
     @property
     def chosen(self) -> Kernel:
         return min(self.measured, key=self.estimate)
@@ -261,46 +268,41 @@ def rms(values: Sequence[float]) -> float:
 
 
 def fit(rows: Sequence[Row]) -> None:
-    """Least squares of the logarithms, for each kernel and pass, over efficiency, score_ps and tile_ns."""
+    """Least squares of the logarithms, for each form of a kernel, over its constants."""
     from scipy.optimize import least_squares  # type: ignore[import-untyped, unused-ignore]
 
-    costs = {kernel: dict(table) for kernel, table in _cost._COSTS.items()}
-    _cost._COSTS = costs  # estimates read what is fitted
-    for kernel in (Kernel.naive, Kernel.gemm, Kernel.fused_sm80, Kernel.fused_sm90):
-        for operation in (Operation.forward, Operation.backward):
-            mine = [row for row in rows if row.operation is operation and kernel in row.measured]
-            start = costs[kernel].get(operation)
-            if start is None or len(mine) < 8:
+    names = ("efficiency", "score_ps", "tile_ns", "bandwidth")
+    low, high = (0.01, 1e-3, 1e-3, 0.1), (1.3, 60.0, 900.0, 1.0)
+    for _ in range(2):  # which form is taken depends on the constants of all
+        for form, start in list(_cost._FORMS.items()):
+            mine = [(row, kernel) for row in rows for kernel in row.measured if row.taken_form(kernel) == form]
+            if len(mine) < 6:
                 continue
 
             def candidate(x: Sequence[float], start: _cost.Cost = start) -> _cost.Cost:
-                return replace(start, efficiency=math.exp(x[0]), score_ps=math.exp(x[1]), tile_ns=math.exp(x[2]))
+                values: dict[str, Any] = dict(zip(names, map(math.exp, x), strict=True))
+                return replace(start, **values)
 
-            def residuals(
-                x: Sequence[float],
-                mine: list[Row] = mine,
-                kernel: Kernel = kernel,
-                operation: Operation = operation,
-                candidate: Any = candidate,
-            ) -> list[float]:
-                costs[kernel][operation] = candidate(x)
+            def residuals(x: Sequence[float], mine: Any = mine, form: str = form, candidate: Any = candidate) -> Any:
+                _cost._FORMS[form] = candidate(x)
                 # A row in which this kernel is far from the best decides nothing.
                 return [
-                    math.log(row.estimate(kernel) / row.measured[kernel])
+                    math.log(row.of_form(kernel, form) / row.measured[kernel])
                     * min(1.0, 2 * min(row.measured.values()) / row.measured[kernel])
-                    for row in mine
+                    for row, kernel in mine
                 ]
 
-            x0 = [math.log(max(value, 1e-3)) for value in (start.efficiency, start.score_ps, start.tile_ns)]
-            bounds = ([math.log(0.02), math.log(1e-3), math.log(1e-3)], [math.log(1.2), math.log(40), math.log(800)])
-            x0 = [min(max(x, low + 1e-6), high - 1e-6) for x, low, high in zip(x0, *bounds, strict=True)]
+            x0 = [
+                math.log(min(max(getattr(start, name), 1.01 * least), 0.99 * most))
+                for name, least, most in zip(names, low, high, strict=True)
+            ]
+            bounds = ([math.log(value) for value in low], [math.log(value) for value in high])
             found = least_squares(residuals, x0, bounds=bounds, loss="soft_l1", diff_step=1e-3)
-            costs[kernel][operation] = best = candidate(found.x)
-            print(
-                f"{kernel.name:<11}{operation.value:<9}efficiency={best.efficiency:.3f}, score_ps={best.score_ps:.3f}, "
-                f"tile_ns={best.tile_ns:.2f}  # {rms(residuals(found.x)):.0%} of {len(mine)} rows"
-            )
-    print()
+            best = _cost._FORMS[form] = candidate(found.x)
+            text = ", ".join(f"{name}={getattr(best, name):.3g}" for name in names)
+            print(f"{form:<34}{text}  # {rms(residuals(found.x)):.0%} of {len(mine)} rows")
+            _cost._FORMS[form] = best
+        print()
     report(rows)
 
 

@@ -1,15 +1,15 @@
 """How long a kernel is expected to take.
 
 The estimate follows what the kernels do. Queries come in tiles; a tile computes scores against boxes of keys that cover
-the union of its windows, useful or not. The time is the longer of
+the union of its windows, useful or not. The time is about the longer of
 
     computed scores * (operations per score / (rate * efficiency) + score_ps) + tiles * tile_ns
     bytes that must move / bandwidth
 
-plus the launches. The constants of the CUDA kernels are fitted to measurements on an H200; the root mean square of the
-error is stated beside each: over 19 problems in bfloat16, from 7x7 windows to 30x48x80 volumes, for the fused kernels,
-and over 5 to 9 problems in float16, float32 and TF32 for the others. For other devices the two times are scaled by the
-ratio of the float32 rates.
+plus the launches. The constants of the CUDA kernels are fitted by `tools/check_costs.py` to the times of 200 random
+problems and of the benchmark's list on an H200 (the root mean square of the error and the number of times are stated
+with each); docs/performance/h200/costs.json holds them. For other devices the two times are scaled by the ratio of the
+float32 rates.
 """
 
 from __future__ import annotations
@@ -37,80 +37,71 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cost:
-    """Constants of one kernel and pass."""
+    """Constants of one form of a kernel's pass."""
 
     efficiency: float  # share of the device's rate that products reach
     products: tuple[int, int] = (1, 1)  # matrix products over the head dim and over the value head dim, per score
     score_ps: float = 0.0  # picoseconds of the whole device per computed score: exponentials, masks
-    tile_ns: float = 0.0  # nanoseconds of the whole device per tile of queries
+    tile_ns: float = 0.0  # nanoseconds of the whole device per tile of queries, or per chunk of keys of a tile
     tile: int = 1  # queries per tile; 1: only useful scores are computed
     box: int = 1  # keys per box
+    chunk: int = 0  # most keys of one plane that a tile takes at once; 0: tiles cost the same whatever their keys
+    bandwidth: float = 0.8  # share of the device's that the tensors move at
 
 
-_UNFUSED = (Operation.qk, Operation.av, Operation.inverse_av, Operation.rpb_backward)
 _ONE_PASS = (3, 2)  # of backward: the logits again, gradients of query and key; of weights and value
-_TWO_PASSES = (
-    4,
-    3,
-)  # key and query gradients by kernels of their own, each of which computes logits and their gradients
+# Key and query gradients by kernels of their own, each of which computes logits and their gradients.
+_TWO_PASSES = (4, 3)
 
-
-def _costs(forward: Cost, backward: Cost, unfused: Cost | None = None) -> dict[Operation, Cost]:
-    costs = {Operation.forward: forward, Operation.backward: backward}
-    if unfused is not None:
-        costs.update(dict.fromkeys(_UNFUSED, unfused))
-    return costs
-
-
-_GEMM = Cost(0.3, (1, 0), score_ps=0.7, tile_ns=12.0, tile=64, box=64)  # 26 %
-_GEMM_INVERSE = Cost(0.4, (1, 0), score_ps=2.5, tile_ns=8.0, tile=64, box=64)  # 13 %
-_COSTS: Mapping[Kernel, Mapping[Operation, Cost]] = {
+# Forms of the kernels. Which of them may run a call, `_forms` says; the fastest one does.
+_FORMS: dict[str, Cost] = {
     # Two cores of one CPU, to the nearest tenth; they only order the two families.
-    Kernel.cpu_naive: _costs(Cost(0.03), Cost(0.03, _ONE_PASS), Cost(0.03, (1, 0))),
-    Kernel.cpu: _costs(Cost(0.2), Cost(0.2, _ONE_PASS), Cost(0.2, (1, 0))),
-    # Bound by loads, not products; the rate is that of float32 for every smaller type. 33 %, 29 %, 25 %
-    Kernel.naive: _costs(
-        Cost(0.18, score_ps=8.0), Cost(0.18, _TWO_PASSES, score_ps=8.0), Cost(0.32, (1, 0), score_ps=8.0)
-    ),
+    "cpu_naive forward": Cost(0.03),
+    "cpu_naive backward": Cost(0.03, _ONE_PASS),
+    "cpu_naive unfused": Cost(0.03, (1, 0)),
+    "cpu forward": Cost(0.2),
+    "cpu backward": Cost(0.2, _ONE_PASS),
+    "cpu unfused": Cost(0.2, (1, 0)),
+    # Bound by loads, not products; the rate is that of float32 for every smaller type.
+    # 21 % of 25
+    "naive forward": Cost(0.08, score_ps=2.09, bandwidth=0.186),
+    # 22 % of 40
+    "naive backward": Cost(0.085, _TWO_PASSES, bandwidth=0.132),
+    "naive unfused": Cost(0.32, (1, 0), score_ps=8.0),
     # Fused attention is composed of qk, softmax and av; its backward pass of qk, av and two inverse_av.
-    Kernel.gemm: {
-        **_costs(replace(_GEMM, products=(1, 1)), replace(_GEMM_INVERSE, products=(2, 2)), _GEMM),
-        Operation.inverse_av: _GEMM_INVERSE,
-    },
-    Kernel.fused_sm80: _costs(
-        Cost(0.55, score_ps=0.2, tile_ns=12.0, tile=64, box=32),  # 9 %
-        Cost(0.5, _TWO_PASSES, score_ps=1.0, tile_ns=12.0, tile=32, box=64),  # 9 %
+    # 28 % of 56
+    "gemm forward": Cost(0.372, score_ps=0.249, tile_ns=3.6, tile=64, box=64, bandwidth=0.276),
+    "gemm backward": Cost(0.4, (2, 2), score_ps=2.5, tile_ns=8.0, tile=64, box=64),
+    "gemm unfused": Cost(0.3, (1, 0), score_ps=0.7, tile_ns=12.0, tile=64, box=64),
+    "gemm inverse_av": Cost(0.4, (1, 0), score_ps=2.5, tile_ns=8.0, tile=64, box=64),
+    # 22 % of 90
+    "fused_sm80 boxes forward": Cost(0.494, score_ps=0.22, tile_ns=15.2, tile=64, box=32, bandwidth=0.477),
+    # 25 % of 40
+    "fused_sm80 boxes backward": Cost(0.34, _TWO_PASSES, score_ps=0.563, tile_ns=19.7, tile=32, box=64, bandwidth=0.26),
+    # 23 % of 50
+    "fused_sm80 accumulating backward": Cost(
+        0.354, _ONE_PASS, score_ps=0.768, tile_ns=53.3, tile=64, box=64, bandwidth=0.262
     ),
-    Kernel.fused_sm90: _costs(
-        Cost(0.95, score_ps=0.05, tile_ns=12.0, tile=64, box=32),  # 11 %
-        # Deterministic. Over six problems of head dims 64 and 128, windows from 13x13: 9 % with (0.9, 40 ns). A little
-        # dearer here, so that it is not preferred on a narrow margin where it was not measured.
-        Cost(0.8, _TWO_PASSES, tile_ns=45.0, tile=64, box=64),
-    ),
+    # Packed keys: every one counts by itself.
+    # 25 % of 55
+    "fused_sm80 patches forward": Cost(0.293, score_ps=0.682, tile_ns=0.46, tile=16, chunk=96, bandwidth=0.603),
+    # 23 % of 52
+    "fused_sm80 patches backward": Cost(0.155, _TWO_PASSES, tile_ns=1.19, tile=16, chunk=96, bandwidth=0.301),
+    # 26 % of 45
+    "fused_sm80 float32 forward": Cost(0.566, tile_ns=13, tile=32, box=64, bandwidth=0.688),
+    # 27 % of 45
+    "fused_sm80 float32 backward": Cost(0.427, _TWO_PASSES, tile_ns=33.5, tile=32, box=32, bandwidth=0.398),
+    # 23 % of 143
+    "fused_sm90 forward": Cost(1.18, score_ps=0.218, tile_ns=11, tile=64, box=32, bandwidth=0.608),
+    "fused_sm90 deterministic backward": Cost(0.8, _TWO_PASSES, tile_ns=45.0, tile=64, box=64),
+    # 21 % of 131
+    "fused_sm90 accumulating backward": Cost(0.816, _ONE_PASS, tile_ns=38.6, tile=64, box=64, bandwidth=0.265),
 }
 
-# The backward pass of fused_sm80 that accumulates query gradients. 13 %
-_ACCUMULATING = Cost(0.45, _ONE_PASS, score_ps=1.0, tile_ns=32.0, tile=64, box=64)
-
-# The forward pass of fused_sm80 by patches of 16 queries, as far as it is sure to be taken: the windows of a patch span
-# one plane of at most so many keys. 9 % over four problems.
-_FORWARD_PATCHES = Cost(0.31, score_ps=0.33, tile_ns=1.1, tile=16, box=1)
-_MOST_PATCH_KEYS, _MOST_PATCH_HEAD_DIM = 112, 64
-
-# The backward pass of fused_sm80 by patches: walked columns are packed, so every one counts by itself. 13 %, over eight
-# problems with windows of 49 to 343 keys
-_PATCHES = Cost(0.2, _TWO_PASSES, tile_ns=4.0, tile=16, box=1)
-# Taken up to so many keys in a window times channels of the head dim class; patch_backward.cu has the same rule.
+_PATCH_HEAD_DIM = 64  # fused_sm80 works by patches up to this head dim
+# It takes them in the backward pass up to so many keys in a window times channels of the head dim class;
+# patch_backward.cu has the same rule.
 _MOST_PATCH_CHANNELS = 200 * 64
-
-# The backward pass of fused_sm90 that accumulates query gradients. 13 %, over seventeen problems
-_SM90_ACCUMULATING = Cost(0.8, _ONE_PASS, tile_ns=48.0, tile=64, box=64)
-
-# float32 in fused_sm80: TF32, and three TF32 products for one. 11 %, 11 %, over seven problems of each
-_FLOAT32_FUSED: Mapping[Operation, Cost] = _costs(
-    Cost(0.49, score_ps=0.18, tile_ns=5.0, tile=32, box=64),
-    Cost(0.41, _TWO_PASSES, score_ps=0.25, tile_ns=14.0, tile=32, box=32),
-)
 
 # Fused kernels are compiled for these head dims; others are padded to the next.
 _HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
@@ -184,7 +175,7 @@ def _sides(lengths: Sequence[float], tokens: int) -> list[int]:
 
 
 def _computed(cost: Cost, problem: Problem) -> tuple[float, float]:
-    """Tiles, and scores computed, of one batch item and head."""
+    """Tiles (or their chunks), and scores computed, of one batch item and head."""
     if cost.tile == 1:
         return problem.queries, problem.attention_pairs()
     lengths = [-(-queries // axis.dilation) for axis, queries in zip(problem.axes, problem.q_grid, strict=True)]
@@ -198,33 +189,50 @@ def _computed(cost: Cost, problem: Problem) -> tuple[float, float]:
     box = _sides(unions, cost.box)
     keys = math.prod(math.ceil(union / side - 1e-9) * side for union, side in zip(unions, box, strict=True))
     keys += -(-problem.additional // cost.box) * cost.box
-    return tiles, tiles * cost.tile * keys
+    scores = tiles * cost.tile * keys
+    if cost.chunk:
+        planes = unions[0] if problem.rank == 3 else 1.0
+        tiles *= math.ceil(planes - 1e-9) * max(math.ceil(math.prod(unions) / planes / cost.chunk - 1e-9), 1)
+    return tiles, scores
 
 
-def _forward_is_in_patches(problem: Problem) -> bool:
-    if max(problem.head_dim, problem.head_dim_v) > _MOST_PATCH_HEAD_DIM or problem.additional or problem.rank > 2:
-        return False
-    tiles, scores = _computed(_FORWARD_PATCHES, problem)
-    return scores <= tiles * _FORWARD_PATCHES.tile * _MOST_PATCH_KEYS
+def _forms(kernel: Kernel, problem: Problem, operation: Operation) -> list[str]:
+    """The forms that the kernel may take: names in `_FORMS`."""
+    if operation not in (Operation.forward, Operation.backward):
+        name = f"{kernel.name} {operation.value}"
+        return [name if name in _FORMS else f"{kernel.name} unfused"]
+    name = operation.value
+    if kernel is Kernel.fused_sm80:
+        if problem.dtype == torch.float32:
+            return [f"fused_sm80 float32 {name}"]
+        if operation is Operation.forward:
+            patches = problem.additional == 0 and max(problem.head_dim, problem.head_dim_v) <= _PATCH_HEAD_DIM
+            return ["fused_sm80 boxes forward", *(["fused_sm80 patches forward"] if patches else [])]
+        if patches_are_faster(problem):
+            return ["fused_sm80 patches backward"]
+        return [f"fused_sm80 {'accumulating' if accumulating_is_faster(problem) else 'boxes'} backward"]
+    if kernel is Kernel.fused_sm90 and operation is Operation.backward:
+        return [f"fused_sm90 {'accumulating' if accumulating_is_allowed(problem) else 'deterministic'} backward"]
+    return [f"{kernel.name} {name}"]
 
 
 def milliseconds(
     kernel: Kernel, problem: Problem, operation: Operation, capability: tuple[int, int] | None, composite: bool
 ) -> float:
     """Estimated time; `composite` kernels run a pass of fused attention as several unfused operators."""
+    forms = _forms(kernel, problem, operation)
+    return min(_milliseconds(_FORMS[name], kernel, problem, operation, capability, composite) for name in forms)
+
+
+def _milliseconds(
+    cost: Cost,
+    kernel: Kernel,
+    problem: Problem,
+    operation: Operation,
+    capability: tuple[int, int] | None,
+    composite: bool,
+) -> float:
     hardware = _cpu() if capability is None else _HARDWARE.get(capability, _HARDWARE[(8, 0)])
-    cost = _COSTS[kernel][operation]
-    if kernel is Kernel.fused_sm80 and problem.dtype == torch.float32:
-        cost = _FLOAT32_FUSED[operation]
-    elif kernel is Kernel.fused_sm80 and operation is Operation.forward and _forward_is_in_patches(problem):
-        cost = _FORWARD_PATCHES
-    elif kernel is Kernel.fused_sm80 and operation is Operation.backward:
-        if patches_are_faster(problem):
-            cost = _PATCHES
-        elif accumulating_is_faster(problem):
-            cost = _ACCUMULATING
-    elif kernel is Kernel.fused_sm90 and operation is Operation.backward and accumulating_is_allowed(problem):
-        cost = _SM90_ACCUMULATING
     d, dv = problem.head_dim, problem.head_dim_v
     if kernel in (Kernel.fused_sm80, Kernel.fused_sm90):
         d, dv = _padded(problem)
@@ -251,7 +259,9 @@ def milliseconds(
     slower = 1.0 if capability is None else _H200.float32 / hardware.float32
     compute = heads * scores * 2 * products / (_rate(kernel, problem, hardware) * cost.efficiency)
     compute += heads * steps * slower * (scores * cost.score_ps * 1e-12 + tiles * cost.tile_ns * 1e-9)
-    return 1e3 * max(compute, moved / (0.8 * hardware.bandwidth)) + 1e-3 * launches * hardware.launch_us
+    memory = moved / (cost.bandwidth * hardware.bandwidth)
+    # Partly at the same time: a little more than the longer one where both are long.
+    return 1e3 * float((compute**3 + memory**3) ** (1 / 3)) + 1e-3 * launches * hardware.launch_us
 
 
 def _rate(kernel: Kernel, problem: Problem, hardware: Hardware) -> float:
@@ -292,7 +302,7 @@ def accumulating_is_faster(problem: Problem) -> bool:
         per_score = 2 * products / (_H200.half * cost.efficiency) + cost.score_ps * 1e-12
         return scores * per_score + tiles * cost.tile_ns * 1e-9
 
-    return seconds(_ACCUMULATING) < 0.95 * seconds(_COSTS[Kernel.fused_sm80][Operation.backward])
+    return seconds(_FORMS["fused_sm80 accumulating backward"]) < 0.95 * seconds(_FORMS["fused_sm80 boxes backward"])
 
 
 def _padded(problem: Problem) -> tuple[int, int]:
