@@ -104,10 +104,12 @@ __global__ void __launch_bounds__(kThreads, kChannels <= 64 ? 4
     if (!patch.any || keys.count == 0 || !keys.needed) return part;
     part.stretch = find_stretch(shared, stage, plan, patch, keys, slots,
                                 attention + item_offset(plan, args.a, step.item, Side::queries));
-    for_words<true, false>(
-        all_weights + (stage * kWarps + warp) * weight_bytes, shared, stage, plan,
+    for_words<true, kIs16Bit<P>>(
+        all_weights + (stage * kWarps + warp) * weight_bytes, shared, stage, plan, args.a.data, plan.weights_end,
         [](const char* to, const char* from) { ptx::cp_async_4(ptx::shared_address(to), from); },
-        [](const char*, const char*) {});
+        [](char* to, const char* from) {
+          *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+        });
     part.keys = keys;
     return part;
   };
@@ -237,8 +239,11 @@ template <class P, int kChannels>
 void launch_av(const UnfusedArguments& args, cudaStream_t stream) {
   using T = typename P::Element;
   constexpr int kRowBytes = ValueRows<P, kChannels>::kRowBytes * ValueRows<P, kChannels>::kSlices;
-  const PatchPlan plan = plan_patches(args, sizeof(T), kRowBytes, kStages, int(sizeof(PatchTile)),
-                                      ceil_div(args.problem.head_dim, kChannels));
+  PatchPlan plan = plan_patches(args, sizeof(T), kRowBytes, kStages, int(sizeof(PatchTile)),
+                                ceil_div(args.problem.head_dim, kChannels));
+  int64_t last = (args.problem.batch - 1) * args.a.batch_stride + (args.problem.heads - 1) * args.a.head_stride;
+  for (int a = 0; a < kAxes; ++a) last += (args.problem.axis[a].q_length - 1) * args.a.axis_stride[a];
+  plan.weights_end = static_cast<const T*>(args.a.data) + last + args.slots[0] * args.slots[1] * args.slots[2];
   const int bytes = int(patch_bytes(plan, kRowBytes, kStages));
   allow_shared_memory(av_kernel<P, kChannels>, bytes, "gemm av");
   const unsigned blocks = grid_size(block_count(plan), "gemm av");

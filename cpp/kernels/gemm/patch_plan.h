@@ -34,7 +34,8 @@ struct PatchPlan {
   int columns;    // most keys of a patch in a slab, a multiple of 16
   int row_words;  // 32-bit words from one query's weights in shared memory to the next's
   Divisor by_keys[kAxes], by_slots[kAxes], by_slab[kAxes];
-  int channel_blocks;  // thread blocks that share out the channels of one tile
+  int channel_blocks;       // thread blocks that share out the channels of one tile
+  const void* weights_end;  // of av's tensor of weights
 };
 
 // Keys that slots of the windows of consecutive queries stand for, at most.

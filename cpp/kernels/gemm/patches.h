@@ -322,7 +322,7 @@ __device__ __forceinline__ OwnStretch find_stretch(PatchTile& shared, int buffer
     const int from = keys.low[a] - patch.begin[a], until = min_int(slots[a] - from, keys.extent[a]);
     const bool before = a<plan.split_axis, at = a == plan.split_axis, after = a> plan.split_axis;
     slot = slot * slots[a] + (after ? 0 : from);
-    begin += at ? max_int(-from, 0) : 0;
+    begin += at ? min_int(max_int(-from, 0), keys.extent[a]) : 0;
     end *= at ? until : before && (from < 0 || until <= 0) ? 0 : 1;
     inner_slots *= after ? slots[a] : 1;
     inner_keys *= after ? plan.keys[a] : 1;
@@ -369,10 +369,12 @@ __device__ __forceinline__ void erase_empty_slots(char* slab, const PatchTile& s
 
 // Calls word(shared, global) for the words of the stretches, 16 lanes a query: for whole words inside, or, with
 // kCovering, for all that hold a part of it; then half(shared, global) for 16-bit ends that are no whole word. A word
-// that covers an end holds a neighbour's weight, too, and never crosses the end of an allocation.
+// that covers an end holds a neighbour's weight, too, so stretches at the ends of the tensor, which reaches to
+// `tensor_begin` and `tensor_end`, are never covered. Empty stretches may lie outside it.
 template <bool kCovering, bool kHalves, class Word, class Half>
 __device__ __forceinline__ void for_words(char* slab, const PatchTile& shared, int buffer, const PatchPlan& plan,
-                                          const Word& word, const Half& half) {
+                                          const void* tensor_begin, const void* tensor_end, const Word& word,
+                                          const Half& half) {
   constexpr int kLanes = 16, kSteps = 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % kLanes;
   const int row_bytes = plan.row_words * 4;
@@ -380,11 +382,13 @@ __device__ __forceinline__ void for_words(char* slab, const PatchTile& shared, i
   for (int row = threadIdx.x % 32 / kLanes; row < kPatch; row += 32 / kLanes) {
     const PatchTile::Stretch stretch = shared.stretch[buffer][warp][row];
     const int begin = int(stretch.bytes & 0xffff), end = int(stretch.bytes >> 16);
-    const int first = (kCovering ? begin : begin + 3) & ~3, last = (kCovering ? end + 3 : end) & ~3;
+    const bool covering =
+        kCovering && stretch.weights + (begin & ~3) >= tensor_begin && stretch.weights + ((end + 3) & ~3) <= tensor_end;
+    const int first = (covering ? begin : begin + 3) & ~3, last = (covering ? end + 3 : end) & ~3;
     char* own = slab + row * row_bytes + lane * 4;
     char* weights = stretch.weights + lane * 4;
     __builtin_assume(__isGlobal(weights));
-    const int after = lane * 4 - first, length = max_int(last - first, 0);
+    const int after = lane * 4 - first, length = end > begin ? max_int(last - first, 0) : 0;
     for (int at = 0; at < row_bytes; at += kLanes * 4 * kSteps) {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
@@ -394,7 +398,7 @@ __device__ __forceinline__ void for_words(char* slab, const PatchTile& shared, i
     }
     if constexpr (kHalves) {
       const int at = lane == 0 ? begin : end - 2;
-      const bool present = end > begin && lane < 2 && ((lane == 0 ? begin : end) & 2) != 0;
+      const bool present = !covering && end > begin && lane < 2 && ((lane == 0 ? begin : end) & 2) != 0;
       if (present) half(slab + row * row_bytes + at, stretch.weights + at);
     }
   }

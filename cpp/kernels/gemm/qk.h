@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     __syncwarp();
     if (!patch.whole) erase_empty_slots(weights, shared, 0, plan, minus_infinity);
     for_words<false, kIs16Bit<P>>(
-        weights, shared, 0, plan,
+        weights, shared, 0, plan, nullptr, nullptr,
         [](const char* from, char* to) { *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from); },
         [](const char* from, char* to) {
           *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
