@@ -1,8 +1,8 @@
 // Backward: by patches where windows are small (patch_backward.cu). Else statistics of the queries, then key gradients
 // and query gradients by two kernels that own what they write (seven products, deterministic); or by one that owns the
 // key gradients and adds to float32 accumulators of the query gradients, then converted (five products). The second is
-// taken when kDeterministic is not set and the workspace has room for the accumulators: who allocates it decides. float32
-// always takes the first.
+// taken when kDeterministic is not set and the workspace has room for the accumulators: who allocates it decides.
+// float32 always takes the first.
 //
 // Workspace, in bytes (python/natten/dispatch.py allocates it):
 //   8 * batch * queries * heads                                          statistics
@@ -165,8 +165,8 @@ void launch_additional(const BackwardArguments& arguments, Parameters p, const K
 
 }  // namespace
 
-// problem.plan, when given: the variants of the query and of the key gradient kernel (-1: the cheaper one); or, for each
-// of the two, variant, owned tile (3) and walked box (3); or what patch_backward takes.
+// problem.plan, when given: the variants of the query and of the key gradient kernel (-1: the cheaper one); or, for
+// each of the two, variant, owned tile (3) and walked box (3); or what patch_backward takes.
 void backward(const BackwardArguments& arguments, void* stream_) {
   const Problem& problem = arguments.problem;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
