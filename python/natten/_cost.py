@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import SymInt
@@ -108,8 +109,7 @@ _HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
 _FLOAT32_HEAD_DIM_CLASSES = (32, 64, 128)
 
 
-@dataclass(frozen=True)
-class Hardware:
+class Hardware(NamedTuple):
     """Rates of a device: floating-point operations and bytes per second, microseconds per launch."""
 
     half: float

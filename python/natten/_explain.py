@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,8 +81,7 @@ def _plan_text(decision: Decision) -> str:
     return ", ".join(fields) or "left to the kernel"
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """A problem and the decision for each of its passes; printing it gives a table."""
 
     problem: Problem

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ _HOPELESS = 3.0
 _MEASUREMENT_MS = 30.0
 
 
-@dataclass(frozen=True)
-class Tuning:
+class Tuning(NamedTuple):
     """What was measured for a problem, fastest first, and the file that keeps it; printing it gives a table."""
 
     problem: Problem
