@@ -328,6 +328,15 @@ def test_command_fails_where_the_dispatcher_errs(small_list: list[str], monkeypa
     assert cli.main([*small_list, "--check-dispatch", "--passes", "forward"]) == 1
 
 
+def test_command_checks_nothing_where_nothing_was_measured(
+    small_list: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*small_list, "--check-dispatch", "--seconds", "-1"]) == 1
+    shown = capsys.readouterr().out
+    assert "nothing was measured" in shown
+    assert "no measured kernel beats" not in shown
+
+
 def test_command_names_what_it_had_no_time_for(small_list: list[str], tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     assert cli.main([*small_list, "--seconds", "-1", "--json", str(output)]) == 1

@@ -203,6 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if recorded and any(row.peers for row in results.rows):
         print(f"\nrecorded peers: {problems.provenance}")
     if arguments.check_dispatch:
+        if not results.rows:
+            print("\nnothing was measured: the dispatcher's choices are not checked")
+            return 1
         misjudged = check_dispatch(results.rows)
         if misjudged:
             print(f"\nthe dispatcher's choice loses by more than {DISPATCH_TOLERANCE:.0%}:")
