@@ -13,7 +13,7 @@ import torch
 import natten
 from natten import _attention, _tuned
 from natten._kernels import Kernel, Operation
-from natten._tune import _neighbours, _Search
+from natten._tune import _neighbours, _Search, _Tensors
 
 SHAPE = (1, 9, 11, 2, 16)
 WINDOW = (5, 3)
@@ -167,3 +167,32 @@ def test_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         natten.tune(SHAPE, SHAPE, SHAPE, WINDOW, device="cpu", seconds=0)
     with pytest.raises(ValueError, match="kernel_size"):
         natten.tune(SHAPE, SHAPE, SHAPE, 20, device="cpu")
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: RuntimeError, plans_only: bool) -> None:
+    """Kernels, or only plans of them, end with the error."""
+    call = _Tensors.call
+
+    def failing(self: _Tensors, operation: Operation, kernel: Kernel, plan: tuple[int, ...]) -> Any:
+        if plans_only and not plan:
+            return call(self, operation, kernel, plan)
+        raise error
+
+    monkeypatch.setattr(_Tensors, "call", failing)
+
+
+def test_out_of_memory_everywhere_stays_torchs_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, torch.OutOfMemoryError("no room"), plans_only=False)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        tune()
+
+
+def test_a_fault_of_the_device_is_not_taken_for_a_refused_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, torch.AcceleratorError("fault"), plans_only=True)
+    with pytest.raises(torch.AcceleratorError, match="fault"):
+        natten.tune(SHAPE, SHAPE, SHAPE, WINDOW, dtype=torch.float32, device="cpu", seconds=30)
+
+
+def test_a_refused_plan_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, RuntimeError("refused"), plans_only=True)
+    assert all(row.plan == () for row in tune().forward)

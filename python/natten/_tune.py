@@ -117,6 +117,7 @@ class _Search:
         self.deadline = time.monotonic() + seconds
         self.measured: dict[tuple[Kernel, tuple[int, ...]], float] = {}
         self.reference: list[Tensor] | None = None
+        self.out_of_memory: torch.OutOfMemoryError | None = None
 
     def measure(self, kernel: Kernel, plan: tuple[int, ...] = ()) -> float | None:
         """Milliseconds; None for a plan that the kernel refuses, or that is out of the question."""
@@ -130,8 +131,11 @@ class _Search:
             run = self.tensors.call(self.operation, kernel, plan)
             results = run()
             quick = timing.measure(run, device, 0.0).ms
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            self.out_of_memory = error.with_traceback(None)  # which would keep the tensors
             return None
+        except torch.AcceleratorError:  # a fault of the device: nothing after it can be trusted
+            raise
         except (RuntimeError, ValueError):
             if plan:
                 return None
@@ -164,6 +168,8 @@ class _Search:
         """Every kernel as it plans for itself, then better plans for the fastest, step by step."""
         for kernel in kernels:
             self.measure(kernel)
+        if not self.measured and self.out_of_memory is not None:
+            raise self.out_of_memory
         kernel = min(self.measured, key=lambda key: self.measured[key])[0]
         plan, best = self._default_plan(kernel), self.measured[kernel, ()]
         improved = bool(plan)
