@@ -20,7 +20,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 # What was tuned on this machine must not decide what tests run.
-os.environ["NATTEN_CACHE_DIR"] = tempfile.mkdtemp(prefix="natten-tests-")
+_tuned = tempfile.TemporaryDirectory(prefix="natten-tests-")
+os.environ["NATTEN_CACHE_DIR"] = _tuned.name
 
 
 # Parallel workers share the cores: as many threads each as there are cores for it.

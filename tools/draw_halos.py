@@ -8,7 +8,6 @@ of halo tokens drawn is checked against `natten.distributed.halo_bytes`.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from draw_windows import EMPTY, INK, KEY, OUTSIDE, attended, bare, cell, label, save
+from draw_windows import EMPTY, INK, KEY, attended, bare, cell, draw_all, frame, label, save
 from natten.distributed import halo_bytes, shard_bounds
 
 INNER, OUTER, HALO = KEY, "#9cc3f5", "#ffb000"
@@ -133,14 +132,7 @@ def draw_3d(path: Path) -> None:
         parts = case.parts()
         axes.voxels(parts[HALO], facecolors=HALO + "38", edgecolors=HALO + "90", linewidth=0.4, shade=False, zorder=2)
         axes.voxels(case.own, facecolors=INNER + "c0", edgecolors=INK + "60", linewidth=0.3, shade=False, zorder=3)
-        for free in range(3):
-            for offset in ((0, 0), (0, 12), (12, 12), (12, 0)):
-                start = np.insert(np.array(offset), free, 0)
-                end = np.insert(np.array(offset), free, 12)
-                axes.plot(*zip(start, end, strict=True), color=OUTSIDE, linewidth=0.7, zorder=1)
-        axes.set_box_aspect((1, 1, 1), zoom=1.12)
-        axes.view_init(elev=22, azim=-58)
-        axes.set_axis_off()
+        frame(axes, 12)
         shards = " x ".join(map(str, case.shards))
         causal = f"is_causal={case.window['is_causal']}" if "is_causal" in case.window else ""
         axes.set_title(f"{shards} shards, kernel_size=5\n{causal}", fontsize=10, color=INK, pad=0)
@@ -157,14 +149,5 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write " + ", ".join(PICTURES))
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
-        draw(folder / name)
-
-
 if __name__ == "__main__":
-    main()
+    draw_all(__doc__, PICTURES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,18 @@ def cell(axes: Axes, row: float, column: float, colour: str, **style: Any) -> No
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
+
+
+def frame(axes: Any, side: int) -> None:
+    """The edges of a cube, seen from a corner, and nothing else around it."""
+    for free in range(3):
+        for offset in ((0, 0), (0, side), (side, side), (side, 0)):
+            start = np.insert(np.array(offset), free, 0)
+            end = np.insert(np.array(offset), free, side)
+            axes.plot(*zip(start, end, strict=True), color=OUTSIDE, linewidth=0.7, zorder=1)
+    axes.set_box_aspect((1, 1, 1), zoom=1.12)
+    axes.view_init(elev=22, azim=-58)
+    axes.set_axis_off()
 
 
 def draw_1d(path: Path) -> None:
@@ -147,16 +159,7 @@ def draw_3d(path: Path) -> None:
             window & ~is_query, facecolors=KEY + "50", edgecolors=KEY + "c0", linewidth=0.5, shade=False, zorder=2
         )
         axes.voxels(is_query, facecolors=QUERY, edgecolors=INK, linewidth=0.6, shade=False, zorder=3)
-        for a, b in (((0, 0, 0), (8, 0, 0)), ((0, 0, 0), (0, 8, 0)), ((0, 0, 0), (0, 0, 8))):
-            for offset in ((0, 0), (0, 8), (8, 0), (8, 8)):
-                free = [axis for axis in range(3) if a[axis] == b[axis]]
-                start, end = list(a), list(b)
-                for axis, value in zip(free, offset, strict=True):
-                    start[axis] = end[axis] = value
-                axes.plot(*zip(start, end, strict=True), color=OUTSIDE, linewidth=0.7, zorder=1)
-        axes.set_box_aspect((1, 1, 1), zoom=1.12)
-        axes.view_init(elev=22, azim=-58)
-        axes.set_axis_off()
+        frame(axes, 8)
         axes.set_title("\n".join(f"{k}={v}" for k, v in parameters.items()), fontsize=10, color=INK, pad=0)
     figure.subplots_adjust(left=0.0, right=1.0, top=0.86, bottom=0.02, wspace=0.0)
     save(figure, path)
@@ -169,14 +172,15 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write " + ", ".join(PICTURES))
+def draw_all(description: str | None, pictures: Mapping[str, Callable[[Path], None]]) -> None:
+    """The command: draws every picture into the folder that it is given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write " + ", ".join(pictures))
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
+    for name, draw in pictures.items():
         draw(folder / name)
 
 
 if __name__ == "__main__":
-    main()
+    draw_all(__doc__, PICTURES)

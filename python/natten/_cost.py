@@ -206,8 +206,8 @@ def _forms(kernel: Kernel, problem: Problem, operation: Operation) -> list[str]:
         if problem.dtype == torch.float32:
             return [f"fused_sm80 float32 {name}"]
         if operation is Operation.forward:
-            patches = problem.additional == 0 and max(problem.head_dim, problem.head_dim_v) <= _PATCH_HEAD_DIM
-            return ["fused_sm80 boxes forward", *(["fused_sm80 patches forward"] if patches else [])]
+            patches = ["fused_sm80 patches forward"] if _patches_fit(problem) else []
+            return ["fused_sm80 boxes forward", *patches]
         if patches_are_faster(problem):
             return ["fused_sm80 patches backward"]
         return [f"fused_sm80 {'accumulating' if accumulating_is_faster(problem) else 'boxes'} backward"]
@@ -281,12 +281,16 @@ def accumulating_is_allowed(problem: Problem) -> bool:
     return not (problem.flags & DETERMINISTIC or context.is_memory_usage_strict())
 
 
+def _patches_fit(problem: Problem) -> bool:
+    """Whether fused_sm80 has patches for the problem at all."""
+    largest = max(problem.head_dim, problem.head_dim_v)
+    return problem.dtype != torch.float32 and problem.additional == 0 and largest <= _PATCH_HEAD_DIM
+
+
 def patches_are_faster(problem: Problem) -> bool:
     """Whether fused_sm80 works by patches in its backward pass, which is deterministic then: small windows."""
     problem = nominal(problem)
-    if problem.dtype == torch.float32 or problem.additional > 0 or max(problem.head_dim, problem.head_dim_v) > 64:
-        return False
-    return problem.slots * _padded(problem)[0] <= _MOST_PATCH_CHANNELS
+    return _patches_fit(problem) and problem.slots * _padded(problem)[0] <= _MOST_PATCH_CHANNELS
 
 
 def accumulating_is_faster(problem: Problem) -> bool:
