@@ -34,7 +34,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import natten
 from natten._library import require_library
 from natten.bench.problems import DTYPES
-from natten.bench.report import Column, RowFile, circumstances, number, print_table
+from natten.bench.report import Column, RowFile, add_run_arguments, circumstances, number, print_table
 from natten.bench.timing import summarize
 from natten.functional import neighborhood_attention_generic
 
@@ -454,13 +454,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--limits", default=",".join(limit.name for limit in LIMITS), help="comma-separated")
     add("--attentions", default=",".join(ATTENTIONS), help="comma-separated")
     add("--batch", type=int, help="replaces every model's batch size")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16", choices=tuple(DTYPES))
     add("--budget-ms", type=float, default=500.0, help="time to spend on each measurement of throughput")
     add("--step-limit", type=float, default=4.0, help="seconds that a step of a limit may take")
-    add("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
-    add("--json", help="write the rows here as they come")
-    add("--commit", help="revision to name, where the code runs outside its repository")
+    add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     end = time.monotonic() + arguments.seconds
     require_library()

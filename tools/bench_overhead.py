@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from natten._library import require_library
 from natten.bench.peers import Contender, NotSupported, random_inputs
 from natten.bench.problems import DTYPES, BenchProblem
-from natten.bench.report import Column, RowFile, circumstances, number, print_table
+from natten.bench.report import Column, RowFile, add_run_arguments, circumstances, number, print_table
 from natten.bench.run import OUT_OF_TIME, natten_contender
 from natten.bench.timing import graphed, summarize
 from natten.dispatch import FAMILIES
@@ -221,10 +220,7 @@ def show(rows: Sequence[Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default=",".join(problem.name for problem in PROBLEMS), help="comma-separated")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
-    parser.add_argument("--json", help="write the rows here as they come")
-    parser.add_argument("--commit", help="revision to name, where the code runs outside its repository")
+    add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     end = time.monotonic() + arguments.seconds
     require_library()

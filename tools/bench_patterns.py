@@ -14,7 +14,6 @@ is attention over all tokens (causal where the pattern is): what a model pays th
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from natten.bench import peers
 from natten.bench.floors import attention_work
 from natten.bench.peers import Attention, Contender, NotSupported
 from natten.bench.problems import DTYPES, PASSES, BenchProblem
-from natten.bench.report import Column, RowFile, circumstances, number, print_table
+from natten.bench.report import Column, RowFile, add_run_arguments, circumstances, number, print_table
 from natten.bench.run import OUT_OF_TIME, attempt, natten_contender, time_contender
 from natten.bench.windows import axis_windows
 
@@ -236,11 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [what.problem.name for what in PATTERNS]
     parser.add_argument("--patterns", default=",".join(names), help="comma-separated")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-ms", type=float, default=60.0, help="time to spend on each measurement")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
-    parser.add_argument("--json", help="write the rows here as they come")
-    parser.add_argument("--commit", help="revision to name, where the code runs outside its repository")
+    add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     end = time.monotonic() + arguments.seconds
     require_library()

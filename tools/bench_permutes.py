@@ -14,7 +14,6 @@ states, forward.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from natten._library import require_library
 from natten.bench.floors import CEILINGS, Ceilings, measure_ceilings
 from natten.bench.peers import NotSupported
 from natten.bench.problems import DTYPES, PASSES, BenchProblem, load_problems
-from natten.bench.report import Column, RowFile, circumstances, device_name, number, print_table
+from natten.bench.report import Column, RowFile, add_run_arguments, circumstances, device_name, number, print_table
 from natten.bench.run import AUTO, OUT_OF_TIME, attempt, natten_contender, time_contender
 from natten.bench.timing import Timing, measure
 from natten.bench.windows import checked_problem
@@ -175,11 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", default=",".join(PROBLEMS), help="names of the benchmark's list")
     parser.add_argument("--list", default="problems_h200.json", help="problem file: a path, or one shipped")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget-ms", type=float, default=40.0, help="time to spend on each measurement")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
-    parser.add_argument("--json", help="write the rows here as they come")
-    parser.add_argument("--commit", help="revision to name, where the code runs outside its repository")
+    add_run_arguments(parser)
     arguments = parser.parse_args(argv)
     end = time.monotonic() + arguments.seconds
     require_library()

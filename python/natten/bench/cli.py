@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from natten._library import require_library
 from natten.bench.floors import CEILINGS, measure_ceilings
 from natten.bench.problems import DTYPES, PASSES, ProblemList, load_problems
-from natten.bench.report import Column, RowFile, circumstances, device_name, number, print_table
+from natten.bench.report import Column, RowFile, add_run_arguments, circumstances, device_name, number, print_table
 from natten.bench.run import (
     AUTO,
     DISPATCH_TOLERANCE,
@@ -48,7 +47,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--kernels", type=_list, default=[AUTO], help=f"of {AUTO}, {', '.join(Kernel.__members__)}")
     result.add_argument("--passes", type=_list, default=list(PASSES), help="of forward, backward")
     result.add_argument("--dtypes", type=_list, default=[], help="default: each problem's own")
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--no-dense", action="store_true", help="leave out dense attention (SDPA, cuDNN and flash)")
     result.add_argument("--flex", action="store_true", help="time FlexAttention, compiled, too")
     result.add_argument("--unfold", action="store_true", help="time plain torch (gathered windows), compiled, too")
@@ -57,12 +55,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tf32", action="store_true", help="allow TF32 products for float32")
     result.add_argument("--check-dispatch", action="store_true", help="fail where 'auto' loses to a measured kernel")
     result.add_argument("--budget-ms", type=float, help="time to spend on each measurement (default 100)")
-    result.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
     result.add_argument("--limit-ms", type=float, default=5000, help="skip what is estimated to take longer per call")
-    result.add_argument(
-        "--json", help="write the rows here as they come, with device, versions, commit, command and date"
-    )
-    result.add_argument("--commit", help="revision to name in the file, where the code runs outside its repository")
+    add_run_arguments(result)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -15,6 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that measures takes: the device, a limit of time, and the file with its revision."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after this time")
+    parser.add_argument(
+        "--json", help="write the rows here as they come, with device, versions, commit, command and date"
+    )
+    parser.add_argument("--commit", help="revision to name in the file, where the code runs outside its repository")
 
 
 def device_name(device: torch.device) -> str:
